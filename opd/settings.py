@@ -1,0 +1,111 @@
+"""Configuration: strict TOML, dotted overrides, secrets from files.
+
+One pydantic model describes a process. A file fills it, `name.part=value` overrides win over the file, and an unknown
+key, a wrong type or a broken cross-field rule is a one-line ConfigError that names the field, the value and the way
+out. The resolved configuration can be written back as JSON beside a run.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from opd.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of every configuration model: unknown keys fail, nothing changes after the start."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+SettingsT = TypeVar("SettingsT", bound=BaseModel)
+
+
+def load_settings(cls: type[SettingsT], path: Path | None = None, overrides: Sequence[str] = ()) -> SettingsT:
+    """Builds `cls` from a TOML file and overrides such as `objective.score_top_k=8`."""
+    values = _read_toml(path) if path is not None else {}
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(cls, detail) for detail in error.errors())) from None
+
+
+def read_secret(name: str, environ: Mapping[str, str] | None = None) -> str | None:
+    """The value of `NAME`, or the content of the file that `NAME_FILE` points to; None when neither is set."""
+    environ = os.environ if environ is None else environ
+    file_name = environ.get(f"{name}_FILE")
+    if not file_name:
+        return environ.get(name) or None
+    try:
+        return Path(file_name).read_text(encoding="utf-8").strip() or None
+    except OSError as error:
+        raise ConfigError(
+            f"{name}_FILE={file_name}: cannot be read ({error.strerror}); mount the secret or unset it"
+        ) from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config {path}: cannot be read ({error.strerror}); give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path}: is not TOML ({error}); correct that line") from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    if not separator or not name:
+        raise ConfigError(f"override {override!r}: has no value; write name.part=value")
+    *parents, last = name.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section; drop the part after it")
+    values[last] = _parse(text)
+
+
+def _parse(text: str) -> Any:
+    """TOML's own reading of the value; bare words are strings, so that quotes are rarely needed in a shell."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return None if text == "" else text
+
+
+def _explain(cls: type[BaseModel], detail: ErrorDetails) -> str:
+    name = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"{name}: no such key{_suggestion(cls, detail['loc'])}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if not name:
+        return message
+    if detail["type"] == "missing":
+        return f"{name}: is required; give it in the file or as {name}=VALUE"
+    return f"{name}={detail['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _suggestion(cls: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    """Names the nearest key of the section that the unknown one stands in."""
+    section: type[BaseModel] | None = cls
+    for part in location[:-1]:
+        field = section.model_fields.get(str(part)) if section else None
+        section = _model_of(field.annotation) if field else None
+    known = list(section.model_fields) if section else []
+    near = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}" if known else ""
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
