@@ -1,0 +1,21 @@
+"""Vocabulary-sized tensor operations: the only place in `opd` that imports torch.
+
+Everything here works in chunks of rows, so that [T, V] never exists for a whole batch. Logits are fp32 however low the
+precision of the weights (float64 stays float64), and rows of the output head that stand for no token are masked out of
+every normaliser, ranking and entropy. Teacher engine, rollout sampler and student share this code.
+"""
+
+from opd.ops.head import MASKED_LOGIT, OutputHead
+from opd.ops.rows import RowStatistics, row_statistics, score_rows
+from opd.ops.support import support_logprobs
+from opd.ops.topk import top_k_stable
+
+__all__ = [
+    "MASKED_LOGIT",
+    "OutputHead",
+    "RowStatistics",
+    "row_statistics",
+    "score_rows",
+    "support_logprobs",
+    "top_k_stable",
+]
