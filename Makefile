@@ -1,0 +1,40 @@
+# `make demo` and `make test` need nothing but a Python of 3.11 or newer; everything else is set up in .venv.
+SHELL := /bin/bash
+SEED ?= 0
+STEPS ?=
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help setup demo test lint format proto clean
+
+help:                 ## show this list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+setup: $(READY)       ## make .venv with everything the project needs
+
+$(READY): pyproject.toml scripts/setup_venv.sh
+	@scripts/setup_venv.sh
+	@touch $@
+
+demo: $(READY)        ## distil the bundled student from the bundled teacher (SEED=0)
+	@$(BIN)/opd demo --seed $(SEED) $(if $(STEPS),--steps $(STEPS))
+
+test: lint            ## lint, types and every test, with a real Redis and real gRPC
+	$(BIN)/python -m pytest
+
+lint: $(READY)        ## ruff, strict types on opd/, spelling, generated code up to date
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+	scripts/generate_proto.sh --check
+
+format: $(READY)      ## let ruff format and sort the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+proto: $(READY)       ## generate opd/wire/pb from proto/
+	scripts/generate_proto.sh
+
+clean:                ## remove what was made here, .venv included
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
