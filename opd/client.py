@@ -1,0 +1,291 @@
+"""The public way to ask a teacher pool, from any trainer, over the queue or gRPC, async or not.
+
+From asyncio::
+
+    async with ScoreClient.connect("redis://localhost:6379/0", teacher="qwen", tenant="math") as client:
+        print((await client.info()).fingerprint)
+        reply = await client.score(request)
+        print(reply.scores.sampled_logprobs)
+
+From a thread, with ordinary futures::
+
+    with SyncScoreClient.connect("grpc://teachers:7000", teacher="qwen", tenant="math") as client:
+        futures = [client.submit(request) for request in requests]
+        for future in concurrent.futures.as_completed(futures):
+            learn(future.result())
+
+The queue is durable and fair and outlives replicas and Redis restarts; gRPC is direct. Retryable errors are tried again
+here (over gRPC) or in the queue client, and nowhere above.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
+
+from opd.errors import ConfigError, InvalidRequestError, OpdError, QueueUnavailableError
+from opd.queue.connection import QueueConnection, hide_password
+from opd.queue.pools import read_info, resolve_pool
+from opd.queue.score_client import ClientRules, ClientStats, QueueScoreClient
+from opd.retry import RetryRules, retry
+from opd.types import ScoreReply, ScoreRequest, TeacherInfo
+from opd.wire.messages import decode_info, decode_reply, encode_request
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class _Transport(Protocol):
+    """What carries requests to one pool."""
+
+    stats: ClientStats
+
+    async def open(self) -> None: ...
+    async def score(self, request: ScoreRequest) -> ScoreReply: ...
+    async def info(self) -> TeacherInfo: ...
+    async def close(self) -> None: ...
+
+
+class ScoreClient:
+    """Asks one teacher for one tenant. Requests must name both as the client does."""
+
+    def __init__(self, transport: _Transport, *, teacher: str, tenant: str) -> None:
+        self._transport = transport
+        self._teacher = teacher
+        self._tenant = tenant
+
+    @classmethod
+    def connect(
+        cls, url: str, *, teacher: str, tenant: str, patience_s: float = 300.0, rules: ClientRules | None = None
+    ) -> Self:
+        """A client for `redis://`, `rediss://`, `unix://` (the queue) or `grpc://host:port`, to open by `async with`.
+
+        `patience_s` is how long a lost Redis, or over gRPC a pool that says "later", is borne.
+        """
+        if url.startswith("grpc://"):
+            return cls(_GrpcTransport(url, patience_s), teacher=teacher, tenant=tenant)
+        if url.startswith(("redis://", "rediss://", "unix://")):
+            queue = _QueueTransport(url, teacher=teacher, tenant=tenant, patience_s=patience_s, rules=rules)
+            return cls(queue, teacher=teacher, tenant=tenant)
+        raise ConfigError(f"url={hide_password(url)}: must start with redis://, rediss://, unix:// or grpc://")
+
+    @property
+    def stats(self) -> ClientStats:
+        """Counts since the client was opened."""
+        return self._transport.stats
+
+    async def open(self) -> None:
+        """Connects; raises QueueUnavailableError or QueueMisconfiguredError where there is a queue."""
+        await self._transport.open()
+
+    async def close(self) -> None:
+        """Takes back what is open and disconnects."""
+        await self._transport.close()
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def score(self, request: ScoreRequest) -> ScoreReply:
+        """One rollout's scores, or the typed error that came instead; cancelling takes the request back."""
+        if (request.teacher, request.tenant) != (self._teacher, self._tenant):
+            raise InvalidRequestError(
+                f"rollout_id={request.rollout_id}: is for teacher {request.teacher} and tenant {request.tenant}, the "
+                f"client for {self._teacher} and {self._tenant}; use one client for each pair"
+            )
+        return await self._transport.score(request)
+
+    async def info(self) -> TeacherInfo:
+        """Who serves under the teacher's name now; TeacherUnavailableError while nobody ever has.
+
+        Over the queue this also follows a moved alias, once no request is open: ask at the start of every step.
+        """
+        return await self._transport.info()
+
+
+class _QueueTransport:
+    """Requests as bodies of the queue."""
+
+    def __init__(self, url: str, *, teacher: str, tenant: str, patience_s: float, rules: ClientRules | None) -> None:
+        self._url = url
+        self._teacher = teacher
+        self._tenant = tenant
+        self._patience_s = patience_s
+        self._rules = rules
+        self._connection = QueueConnection(url, patience_s=patience_s, max_connections=1)
+        self._pool = ""
+        self._client: QueueScoreClient | None = None
+        self.stats = ClientStats()
+
+    async def open(self) -> None:
+        try:
+            await self._connection.open()
+            await self._move(await resolve_pool(self._connection, self._teacher))
+        except BaseException:
+            await self.close()
+            raise
+
+    async def score(self, request: ScoreRequest) -> ScoreReply:
+        reply = await self._opened().score(
+            rollout_id=request.rollout_id,
+            num_tokens=request.num_tokens,
+            timeout_ms=request.timeout_ms,
+            body=encode_request(request),
+        )
+        return decode_reply(reply)
+
+    async def info(self) -> TeacherInfo:
+        pool = await resolve_pool(self._connection, self._teacher)
+        if pool != self._pool and self._opened().num_open == 0:
+            await self._move(pool)
+        return decode_info(await read_info(self._connection, self._pool))
+
+    async def close(self) -> None:
+        client, self._client = self._client, None
+        try:
+            if client is not None:
+                await client.close()
+        finally:
+            await self._connection.close()
+
+    async def _move(self, pool: str) -> None:
+        """Serves from `pool` from now on."""
+        before = self._client
+        client = await QueueScoreClient.connect(
+            self._url, pool=pool, tenant=self._tenant, rules=self._rules, patience_s=self._patience_s
+        )
+        client.stats = self.stats
+        self._client, self._pool = client, pool
+        if before is not None:
+            _log.info("teacher %s is now served by pool %s", self._teacher, pool)
+            await before.close()
+
+    def _opened(self) -> QueueScoreClient:
+        if self._client is None:
+            raise QueueUnavailableError(f"teacher={self._teacher}: the client is not open; use `async with` or open()")
+        return self._client
+
+
+class _GrpcTransport:
+    """Requests as calls."""
+
+    def __init__(self, url: str, patience_s: float) -> None:
+        # Whoever uses the queue alone never loads gRPC.
+        from opd.rpc.client import GrpcScoreClient
+
+        self._client = GrpcScoreClient(url)
+        self._rules = RetryRules(total_s=patience_s)
+        self.stats = ClientStats()
+
+    async def open(self) -> None:
+        """Nothing to do: a channel connects when it is used."""
+
+    async def score(self, request: ScoreRequest) -> ScoreReply:
+        self.stats.sent += 1
+        try:
+            reply = await retry(
+                lambda: self._client.score(request),
+                rules=self._rules,
+                is_retryable=_is_retryable,
+                on_failure=self._count_retry,
+            )
+        except OpdError:
+            self.stats.failed += 1
+            raise
+        self.stats.scored += 1
+        return reply
+
+    async def info(self) -> TeacherInfo:
+        return await self._client.info()
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    def _count_retry(self, error: Exception) -> None:
+        self.stats.resubmitted += 1
+
+
+def _is_retryable(error: Exception) -> bool:
+    return isinstance(error, OpdError) and error.retryable
+
+
+class SyncScoreClient:
+    """A `ScoreClient` in an event loop and thread of its own; its methods may be called from any other thread."""
+
+    def __init__(self, client: ScoreClient) -> None:
+        self._client = client
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="opd-score-client", daemon=True)
+        self._thread.start()
+        self._is_closed = False
+        try:
+            self._run(client.open()).result()
+        except BaseException:
+            self._end()
+            raise
+
+    @classmethod
+    def connect(
+        cls, url: str, *, teacher: str, tenant: str, patience_s: float = 300.0, rules: ClientRules | None = None
+    ) -> Self:
+        """Connects at once; arguments and errors are those of `ScoreClient`."""
+        return cls(ScoreClient.connect(url, teacher=teacher, tenant=tenant, patience_s=patience_s, rules=rules))
+
+    @property
+    def stats(self) -> ClientStats:
+        """Counts since the start."""
+        return self._client.stats
+
+    def submit(self, request: ScoreRequest) -> Future[ScoreReply]:
+        """Returns at once; the future ends with the reply or an `OpdError`. Cancelling it takes the request back."""
+        return self._run(self._client.score(request))
+
+    def info(self) -> TeacherInfo:
+        """As `ScoreClient.info`."""
+        return self._run(self._client.info()).result()
+
+    def close(self) -> None:
+        """Fails what is open, disconnects and ends the thread; a second call does nothing."""
+        if self._is_closed:
+            return
+        try:
+            self._run(self._client.close()).result()
+        finally:
+            self._end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
+        if self._is_closed:
+            work.close()
+            raise QueueUnavailableError("score client: is closed; make a new one")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _end(self) -> None:
+        self._is_closed = True
+        asyncio.run_coroutine_threadsafe(_finish_tasks(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _finish_tasks() -> None:
+    """Ends whatever still runs in this loop, so that no caller waits for ever."""
+    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,301 @@
+-- Leases entries to one replica: handed-back ones first, then new ones by deficit round robin over tenants.
+-- ARGV: prefix, consumer, token_budget, max_entries, lease_ms, max_deliveries, num_held, quantum_tokens, reply_ttl_ms.
+-- Returns {deliveries, must_drain}; a delivery is {tenant, entry_id, rollout_id, incarnation, tokens, delivery_count,
+-- age_ms, remaining_ms, attempt}. The tokens fit the budget, except that one entry larger than all of it comes alone.
+-- A suspect (its lease ran out with a replica) comes alone and only to a replica that holds nothing: whoever goes down
+-- with it takes nobody else's delivery count up. `must_drain` asks the caller to finish what it holds for that.
+
+local consumer, token_budget, max_entries = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local lease_ms, max_deliveries, num_held = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local quantum_tokens, reply_ttl_ms = tonumber(ARGV[8]), tonumber(ARGV[9])
+local MAX_TENANTS, MAX_RECLAIMS, MAX_DEAD_LETTERS, CHUNK = 128, 32, 1000, 16
+local num_looks_left = 512
+local now = now_ms()
+local taken, spent_tokens = {}, 0
+
+local function fits(tokens)
+  return #taken < max_entries and (#taken == 0 or spent_tokens + tokens <= token_budget)
+end
+
+local function deliver(tenant, id, fields, delivery_count)
+  local age_ms = math.max(now - id_ms(id), 0)
+  local tokens = tonumber(fields.t)
+  taken[#taken + 1] = {tenant, id, fields.r, fields.i, tokens, delivery_count, age_ms,
+    math.max(tonumber(fields.d) - age_ms, 0), tonumber(fields.a)}
+  spent_tokens = spent_tokens + tokens
+end
+
+-- Takes an entry out of the queue for good; its body goes too unless it is kept as evidence.
+local function remove(tenant, id, fields, keeps_body)
+  local stream = key('requests', tenant)
+  redis.call('XACK', stream, GROUP, id)
+  redis.call('XDEL', stream, id)
+  local slot = slot_of(fields.i, fields.r)
+  if known_entry(tenant, slot) == id then
+    forget(tenant, slot)
+    if not keeps_body then
+      redis.call('DEL', key('body', tenant, fields.i, fields.r))
+    end
+  end
+end
+
+-- Ends an entry that nobody waits for any more, or that waited too long; false when it is to be scored.
+local function retire(tenant, id, fields)
+  if not fields.k and not is_alive(tenant, fields.i) then
+    remove(tenant, id, fields)
+    count('dropped', 1)
+    return true
+  end
+  if id_ms(id) + tonumber(fields.d) >= now then
+    return false
+  end
+  remove(tenant, id, fields)
+  publish(tenant, fields, 'deadline_exceeded', error_frame('deadline_exceeded',
+    'timeout_ms=' .. fields.d .. ': passed before a replica was free; raise it or add replicas'), reply_ttl_ms)
+  count('expired', 1)
+  return true
+end
+
+local function bury(tenant, id, fields, record)
+  local dead = key('dead', tenant)
+  redis.call('PERSIST', key('body', tenant, fields.i, fields.r))
+  redis.call('XADD', dead, '*', 'r', fields.r, 't', fields.t, 'i', fields.i, 'd', fields.d, 'a', fields.a,
+    'n', record[4], 'c', record[2], 'e', id)
+  redis.call('SADD', key('dead_tenants'), tenant)
+  if redis.call('XLEN', dead) > MAX_DEAD_LETTERS then
+    local oldest = redis.call('XRANGE', dead, '-', '+', 'COUNT', 1)[1]
+    local old_fields = as_table(oldest[2])
+    redis.call('DEL', key('body', tenant, old_fields.i, old_fields.r))
+    redis.call('XDEL', dead, oldest[1])
+  end
+  remove(tenant, id, fields, true)
+  publish(tenant, fields, 'dead_letter', error_frame('dead_letter', 'rollout_id=' .. fields.r .. ': put aside after '
+    .. record[4] .. ' deliveries without an answer; see `opd pool dead list`'), reply_ttl_ms)
+  count('dead', 1)
+end
+
+-- Sorts one tenant's lapsed leases into suspects and handed-back ones; cleans up what needs no scoring.
+local function find_lapsed(tenant, suspects, returned)
+  local lapsed = redis.pcall('XPENDING', key('requests', tenant), GROUP, 'IDLE', lease_ms, '-', '+', MAX_RECLAIMS)
+  if failed(lapsed) then
+    return -- No stream or no group yet.
+  end
+  for _, record in ipairs(lapsed) do
+    local id = record[1]
+    local fields = entry_at(tenant, id)
+    local item = {tenant = tenant, id = id, fields = fields, deliveries = record[4]}
+    if not fields then
+      redis.call('XACK', key('requests', tenant), GROUP, id)
+    elseif not retire(tenant, id, fields) then
+      if record[4] == 0 then
+        returned[#returned + 1] = item
+      elseif record[4] < max_deliveries then
+        suspects[#suspects + 1] = item
+      else
+        bury(tenant, id, fields, record)
+      end
+    end
+  end
+end
+
+local function claim(item)
+  redis.call('XCLAIM', key('requests', item.tenant), GROUP, consumer, 0, item.id)
+  deliver(item.tenant, item.id, item.fields, item.deliveries + 1)
+end
+
+-- True when the caller is the one replica that is to run empty so that a suspect can be scored alone.
+local function is_drainer()
+  local drain = key('drain')
+  local drainer = redis.call('GET', drain)
+  if drainer and drainer ~= consumer then
+    return false
+  end
+  return not failed(redis.pcall('SET', drain, consumer, 'PX', lease_ms))
+end
+
+-- The group's last delivered id and number of pending entries; makes the group where it is missing.
+local function group_state(tenant)
+  local stream = key('requests', tenant)
+  local groups = redis.pcall('XINFO', 'GROUPS', stream)
+  if failed(groups) then
+    return nil
+  end
+  for _, flat in ipairs(groups) do
+    local group = as_table(flat)
+    if group.name == GROUP then
+      return group['last-delivered-id'], group.pending
+    end
+  end
+  if failed(redis.pcall('XGROUP', 'CREATE', stream, GROUP, '0')) then
+    return nil
+  end
+  return '0-0', 0
+end
+
+-- Moves `queue.head` to the tenant's next undelivered entry that is still wanted; nil at the end.
+local function advance(queue)
+  queue.head = nil
+  while num_looks_left > 0 do
+    if queue.next > #queue.chunk then
+      queue.chunk = redis.call('XRANGE', key('requests', queue.tenant), '(' .. queue.cursor, '+', 'COUNT', CHUNK)
+      queue.next = 1
+      if #queue.chunk == 0 then
+        return
+      end
+    end
+    local entry = queue.chunk[queue.next]
+    queue.next, queue.cursor = queue.next + 1, entry[1]
+    num_looks_left = num_looks_left - 1
+    local fields = as_table(entry[2])
+    if not retire(queue.tenant, entry[1], fields) then
+      queue.head = {id = entry[1], fields = fields, tokens = tonumber(fields.t)}
+      return
+    end
+  end
+end
+
+local function open_queue(tenant, last_delivered)
+  local queue = {tenant = tenant, cursor = last_delivered, chunk = {}, next = 1, num_taken = 0, is_granted = false}
+  queue.deficit = tonumber(redis.call('HGET', key('deficits'), tenant) or '0')
+  queue.weight = math.max(tonumber(redis.call('HGET', key('limits'), 'weight:' .. tenant) or '1'), 0.001)
+  advance(queue)
+  return queue
+end
+
+-- Opens the tenants' queues; a tenant without any entry leaves the books, and its stream goes with it.
+local function open_queues(tenants)
+  local queues = {}
+  for _, tenant in ipairs(tenants) do
+    local last_delivered, num_pending = group_state(tenant)
+    local queue = last_delivered and open_queue(tenant, last_delivered)
+    if queue and queue.head then
+      queues[#queues + 1] = queue
+    elseif redis.call('XLEN', key('requests', tenant)) == 0 and (num_pending or 0) == 0 then
+      redis.call('DEL', key('requests', tenant))
+      redis.call('SREM', key('active'), tenant)
+      redis.call('HDEL', key('deficits'), tenant)
+    end
+  end
+  return queues
+end
+
+-- Delivers from one queue while deficit and budget last; false when the budget, not the deficit, said stop.
+local function serve(queue)
+  while queue.head and queue.head.tokens <= queue.deficit do
+    if not fits(queue.head.tokens) then
+      return false
+    end
+    deliver(queue.tenant, queue.head.id, queue.head.fields, 1)
+    queue.deficit = queue.deficit - queue.head.tokens
+    queue.num_taken = queue.num_taken + 1
+    advance(queue)
+  end
+  return true
+end
+
+-- Gives everybody, at once, the whole rounds after which the first head can be served: no loop for large entries.
+local function skip_rounds(queues)
+  local num_rounds = math.huge
+  for _, queue in ipairs(queues) do
+    local missing = queue.head.tokens - queue.deficit
+    num_rounds = math.min(num_rounds, math.ceil(missing / (quantum_tokens * queue.weight)))
+  end
+  for _, queue in ipairs(queues) do
+    queue.deficit = queue.deficit + math.max(num_rounds - 1, 0) * quantum_tokens * queue.weight
+  end
+end
+
+-- Deficit round robin; returns the tenant whose turn it is next and whether it already had this round's quantum.
+local function run_rounds(queues, is_granted)
+  local position, num_idle = 1, 0
+  if queues[1] then
+    queues[1].is_granted = is_granted
+  end
+  while queues[1] do
+    local queue = queues[position]
+    if not queue.is_granted then
+      queue.deficit, queue.is_granted = queue.deficit + quantum_tokens * queue.weight, true
+    end
+    local num_before = queue.num_taken
+    if not serve(queue) then
+      return queue.tenant, true
+    end
+    if not queue.head then
+      queue.deficit, num_idle = 0, 0
+      table.remove(queues, position)
+    else
+      queue.is_granted, position = false, position + 1
+      num_idle = queue.num_taken == num_before and num_idle + 1 or 0
+    end
+    position = position > #queues and 1 or position
+    if queues[1] and num_idle >= #queues then
+      skip_rounds(queues)
+      num_idle = 0
+    end
+  end
+  return nil, false
+end
+
+-- The active tenants in order of their names, from the one whose turn it is; and the one after those looked at.
+local function tenants_in_turn(turn)
+  local names = redis.call('SMEMBERS', key('active'))
+  table.sort(names)
+  local first = 1
+  while turn and first <= #names and names[first] < turn do
+    first = first + 1
+  end
+  local ordered = {}
+  for i = 0, math.min(#names, MAX_TENANTS) - 1 do
+    ordered[#ordered + 1] = names[(first - 1 + i) % #names + 1]
+  end
+  return ordered, #names > MAX_TENANTS and names[(first - 1 + MAX_TENANTS) % #names + 1] or nil
+end
+
+-- Leases what `run_rounds` chose: the first undelivered entries of each stream are exactly those.
+local function lease(all_queues)
+  for _, queue in ipairs(all_queues) do
+    if queue.num_taken > 0 then
+      redis.call('XREADGROUP', 'GROUP', GROUP, consumer, 'COUNT', queue.num_taken,
+        'STREAMS', key('requests', queue.tenant), '>')
+    end
+    redis.pcall('HSET', key('deficits'), queue.tenant, string.format('%.3f', queue.deficit))
+  end
+end
+
+local ring = redis.call('HMGET', key('ring'), 'turn', 'is_granted')
+local tenants, after_tenants = tenants_in_turn(ring[1])
+local suspects, returned = {}, {}
+for _, tenant in ipairs(tenants) do
+  find_lapsed(tenant, suspects, returned)
+end
+if suspects[1] and num_held == 0 then
+  claim(suspects[1])
+  redis.call('DEL', key('drain'))
+  push_wake()
+  count('redelivered', 1)
+  return {taken, 0}
+end
+if suspects[1] and is_drainer() then
+  return {{}, 1}
+end
+for _, item in ipairs(returned) do
+  if fits(tonumber(item.fields.t)) then
+    claim(item)
+  end
+end
+
+local queues = open_queues(tenants)
+local all_queues = {unpack(queues)}
+local is_granted = queues[1] ~= nil and queues[1].tenant == ring[1] and ring[2] == '1'
+local turn, has_quantum = run_rounds(queues, is_granted)
+lease(all_queues)
+redis.pcall('HSET', key('ring'), 'turn', turn or after_tenants or '', 'is_granted', has_quantum and '1' or '0')
+if turn or #returned > 0 or suspects[1] then
+  push_wake()
+elseif num_looks_left > 0 and not after_tenants then
+  redis.call('DEL', key('wake'))
+end
+if #taken > 0 then
+  count('delivered', #taken)
+end
+return {taken, 0}

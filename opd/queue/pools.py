@@ -1,0 +1,100 @@
+"""What a pool keeps beside its requests: handshake, limits, live replicas, and the alias that names it.
+
+A pool is `name` or `name@fingerprint`. An alias leads from the bare name to the pool that serves it now, so that a new
+fingerprint is brought up beside the old one and switched to in one write.
+"""
+
+from collections.abc import Mapping
+
+from opd.errors import InvalidRequestError, TeacherUnavailableError
+from opd.queue.connection import QueueConnection
+from opd.queue.keys import PoolKeys, alias_key, check_pool, check_tenant
+
+
+async def resolve_pool(connection: QueueConnection, name: str) -> str:
+    """The pool behind a teacher's name; a name without alias is a pool itself."""
+    pool = await connection.call(lambda redis: redis.get(alias_key(name)))
+    return check_pool(pool.decode()) if pool else check_pool(name)
+
+
+async def promote_pool(connection: QueueConnection, name: str, pool: str) -> str | None:
+    """Lets `name` lead to `pool` from now on and returns where it led before.
+
+    TeacherUnavailableError when no replica of that pool ever announced itself.
+    """
+    check_pool(pool)
+    await read_info(connection, pool)
+    before = await connection.call(lambda redis: redis.set(alias_key(name), pool, get=True))
+    return before.decode() if before else None
+
+
+async def publish_info(connection: QueueConnection, pool: str, info: bytes) -> None:
+    """Keeps the pool's handshake, so that a trainer can start while no replica runs."""
+    await connection.call(lambda redis: redis.set(PoolKeys(pool).info, info))
+
+
+async def read_info(connection: QueueConnection, pool: str) -> bytes:
+    """The pool's handshake as its replicas published it; TeacherUnavailableError while none ever did."""
+    info: bytes | None = await connection.call(lambda redis: redis.get(PoolKeys(pool).info))
+    if info is None:
+        raise TeacherUnavailableError(
+            f"teacher={pool}: no replica ever announced itself at {connection.label}; start one or correct the name"
+        )
+    return info
+
+
+async def set_limits(
+    connection: QueueConnection,
+    pool: str,
+    *,
+    weights: Mapping[str, float],
+    caps: Mapping[str, int],
+    default_cap: int | None = None,
+) -> None:
+    """Replaces all limits: share of the pool by weight (1 where absent), tokens in flight by cap."""
+    for tenant in (*weights, *caps):
+        check_tenant(tenant)
+    for tenant, weight in weights.items():
+        if not 0.001 <= weight <= 1000:
+            raise InvalidRequestError(f"weight of tenant {tenant}={weight}: must lie between 0.001 and 1000")
+    limits: dict[str, float | int] = {f"weight:{tenant}": weight for tenant, weight in weights.items()}
+    limits |= {f"cap:{tenant}": cap for tenant, cap in caps.items()}
+    if default_cap is not None:
+        limits["cap:*"] = default_cap
+    await connection.call(lambda redis: _replace_hash(redis, PoolKeys(pool).limits, limits))
+
+
+async def _replace_hash(redis: object, key: str, values: Mapping[str, float | int]) -> None:
+    async with redis.pipeline(transaction=True) as pipe:  # type: ignore[attr-defined]
+        pipe.delete(key)
+        if values:
+            pipe.hset(key, mapping=dict(values))
+        await pipe.execute()
+
+
+async def announce_replica(
+    connection: QueueConnection, pool: str, replica_id: str, info: bytes, *, expiry_s: float
+) -> None:
+    """Says that a replica lives; to be repeated well within the expiry."""
+    keys = PoolKeys(pool)
+
+    async def write(redis: object) -> None:
+        async with redis.pipeline(transaction=True) as pipe:  # type: ignore[attr-defined]
+            pipe.set(keys.replica(replica_id), info, px=int(expiry_s * 1000))
+            pipe.sadd(keys.replicas, replica_id)
+            await pipe.execute()
+
+    await connection.call(write)
+
+
+async def retract_replica(connection: QueueConnection, pool: str, replica_id: str) -> None:
+    """Says that a replica is gone."""
+    keys = PoolKeys(pool)
+
+    async def write(redis: object) -> None:
+        async with redis.pipeline(transaction=True) as pipe:  # type: ignore[attr-defined]
+            pipe.delete(keys.replica(replica_id))
+            pipe.srem(keys.replicas, replica_id)
+            await pipe.execute()
+
+    await connection.call(write)

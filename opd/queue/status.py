@@ -1,0 +1,108 @@
+"""What a pool looks like from its queue: backlog, ages, leases, replicas. Works while no replica runs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from opd.queue.connection import QueueConnection
+from opd.queue.keys import GROUP, PoolKeys, check_pool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TenantStatus:
+    """One tenant's share of a pool."""
+
+    tenant: str
+    backlog_tokens: int
+    """Of all entries admitted and not yet answered, leased ones included."""
+    backlog_entries: int
+    leased_entries: int
+    """Of these, how many a replica holds (or held, until their lease runs out)."""
+    oldest_age_s: float
+    """0 when nothing waits."""
+    dead_letters: int
+    weight: float
+    cap_tokens: int | None
+    """None: no cap."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolStatus:
+    """One pool."""
+
+    pool: str
+    backlog_tokens: int
+    backlog_entries: int
+    leased_entries: int
+    oldest_age_s: float
+    dead_letters: int
+    replicas: tuple[str, ...]
+    totals: dict[str, int]
+    """Since the pool began: delivered, completed, failed, redelivered, dropped, expired, dead."""
+    used_memory_bytes: int
+    max_memory_bytes: int
+    """0: no limit."""
+    tenants: tuple[TenantStatus, ...]
+
+
+async def read_status(connection: QueueConnection, pool: str) -> PoolStatus:
+    """Reads a pool's state; the figures of one tenant belong together, those of two may be a moment apart."""
+    keys = PoolKeys(check_pool(pool))
+    names = await connection.call(lambda redis: redis.sunion(keys.active, keys.dead_tenants))
+    limits = await connection.call(lambda redis: redis.hgetall(keys.limits))
+    totals = await connection.call(lambda redis: redis.hgetall(keys.counters))
+    memory = await connection.call(lambda redis: redis.info("memory"))
+    tenants = tuple([await _read_tenant(connection, keys, name.decode(), limits) for name in sorted(names)])
+    return PoolStatus(
+        pool=pool,
+        backlog_tokens=sum(tenant.backlog_tokens for tenant in tenants),
+        backlog_entries=sum(tenant.backlog_entries for tenant in tenants),
+        leased_entries=sum(tenant.leased_entries for tenant in tenants),
+        oldest_age_s=max((tenant.oldest_age_s for tenant in tenants), default=0.0),
+        dead_letters=sum(tenant.dead_letters for tenant in tenants),
+        replicas=await _live_replicas(connection, keys),
+        totals={name.decode(): int(value) for name, value in sorted(totals.items())},
+        used_memory_bytes=int(memory["used_memory"]),
+        max_memory_bytes=int(memory["maxmemory"]),
+        tenants=tenants,
+    )
+
+
+async def _read_tenant(
+    connection: QueueConnection, keys: PoolKeys, tenant: str, limits: dict[bytes, bytes]
+) -> TenantStatus:
+    async def read(redis: Any) -> list[Any]:
+        async with redis.pipeline(transaction=True) as pipe:
+            pipe.hgetall(keys.inflight(tenant))
+            pipe.xrange(keys.requests(tenant), count=1)
+            pipe.time()
+            pipe.xlen(keys.dead(tenant))
+            pipe.xpending(keys.requests(tenant), GROUP)
+            rows: list[Any] = await pipe.execute(raise_on_error=False)
+            return rows
+
+    in_flight, oldest, (seconds, micros), num_dead, pending = await connection.call(read)
+    cap = limits.get(f"cap:{tenant}".encode(), limits.get(b"cap:*"))
+    admitted_ms = int(oldest[0][0].partition(b"-")[0]) if oldest else None
+    return TenantStatus(
+        tenant=tenant,
+        backlog_tokens=int(in_flight.get(b"tokens", 0)),
+        backlog_entries=int(in_flight.get(b"entries", 0)),
+        # Before the first take there is no group, and nothing is leased.
+        leased_entries=0 if isinstance(pending, Exception) else int(pending["pending"]),
+        oldest_age_s=0.0 if admitted_ms is None else max(seconds + micros / 1e6 - admitted_ms / 1e3, 0.0),
+        dead_letters=int(num_dead),
+        weight=float(limits.get(f"weight:{tenant}".encode(), 1.0)),
+        cap_tokens=None if cap is None else int(cap),
+    )
+
+
+async def _live_replicas(connection: QueueConnection, keys: PoolKeys) -> tuple[str, ...]:
+    """Replicas whose announcement has not expired; the others are struck off the list."""
+    names = sorted(name.decode() for name in await connection.call(lambda redis: redis.smembers(keys.replicas)))
+    if not names:
+        return ()
+    values = await connection.call(lambda redis: redis.mget([keys.replica(name) for name in names]))
+    gone = [name for name, value in zip(names, values, strict=True) if value is None]
+    if gone:
+        await connection.call(lambda redis: redis.srem(keys.replicas, *gone))
+    return tuple(name for name in names if name not in gone)
