@@ -1,0 +1,97 @@
+"""What both services tell Prometheus: names, labels and buckets, in a registry of their own.
+
+A process builds one of these objects in its composition root and hands it on; nothing registers itself at import.
+Names are `opd_<service>_<what>_<unit>`. Tenants come from callers, so the number of distinct labels is bounded.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+OTHER_TENANTS = "other"
+_MAX_TENANT_LABELS = 100
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+_TOKENS = (64, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+_SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75)
+
+
+class Metrics:
+    """A registry and its text form."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+    def render(self) -> bytes:
+        """The exposition text, of type `CONTENT_TYPE`."""
+        return generate_latest(self.registry)
+
+
+class TeacherMetrics(Metrics):
+    """Of one teacher replica."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        registry = self.registry
+        self.score_seconds = Histogram(
+            "opd_teacher_score_seconds", "From admission to the answer.", buckets=_SECONDS, registry=registry
+        )
+        self.queue_age_seconds = Histogram(
+            "opd_teacher_queue_age_seconds",
+            "From admission (in Redis, for queued requests) to the forward pass.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.engine_seconds = Histogram(
+            "opd_teacher_engine_seconds", "One forward pass with its scores.", buckets=_SECONDS, registry=registry
+        )
+        self.batch_tokens = Histogram(
+            "opd_teacher_batch_tokens", "Real tokens in a forward pass.", buckets=_TOKENS, registry=registry
+        )
+        self.padding_share = Histogram(
+            "opd_teacher_padding_share", "Share of padding in a forward pass.", buckets=_SHARES, registry=registry
+        )
+        self._tokens = Counter("opd_teacher_tokens", "Tokens scored.", ["tenant"], registry=registry)
+        self.errors = Counter("opd_teacher_errors", "Requests answered with an error.", ["code"], registry=registry)
+        self.in_flight_tokens = Gauge("opd_teacher_in_flight_tokens", "Tokens in the ledger.", registry=registry)
+        self.waiting_requests = Gauge("opd_teacher_waiting_requests", "Requests not yet in a batch.", registry=registry)
+        self.canary_sound = Gauge("opd_teacher_canary_sound", "1 when the last probe was sound.", registry=registry)
+        self.ready = Gauge("opd_teacher_ready", "1 when requests are taken.", registry=registry)
+        self.loop_lag_seconds = Gauge(
+            "opd_teacher_loop_lag_seconds", "How late the event loop last woke.", registry=registry
+        )
+        self._tenants: set[str] = set()
+
+    def count_tokens(self, tenant: str, num_tokens: int) -> None:
+        """Adds to the tenant's counter, or to that of all others once there are too many tenants to tell apart."""
+        if tenant not in self._tenants and len(self._tenants) >= _MAX_TENANT_LABELS:
+            tenant = OTHER_TENANTS
+        self._tenants.add(tenant)
+        self._tokens.labels(tenant).inc(num_tokens)
+
+
+class TrainerMetrics(Metrics):
+    """Of one trainer: the latest value of every per-step metric, under its own `area/name`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._step = Gauge("opd_trainer_step", "Optimizer steps done.", registry=self.registry)
+        self._values = Gauge("opd_trainer_metric", "Latest value by name.", ["name"], registry=self.registry)
+
+    def publish(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows the values of one step; a metric absent now keeps no value of an earlier step."""
+        self._step.set(step)
+        self._values.clear()
+        for name, value in values.items():
+            self._values.labels(name).set(value)
+
+
+async def watch_loop_lag(gauge: Gauge, interval_s: float = 0.5) -> None:
+    """Measures for ever how much later than asked the event loop wakes: what blocking code in it costs everyone."""
+    while True:
+        due_s = time.monotonic() + interval_s
+        await asyncio.sleep(interval_s)
+        gauge.set(max(0.0, time.monotonic() - due_s))

@@ -1,0 +1,100 @@
+"""A teacher pool over gRPC: one call, one rollout, typed errors.
+
+Round robin over every address the name resolves to, so that a headless service spreads the load. The request's
+time-out is the call's deadline. Nothing is retried here: whoever retries sees `retryable` and `retry_after_s`.
+"""
+
+import json
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from opd.errors import ConfigError, InvalidRequestError
+from opd.rpc.status import error_from_rpc
+from opd.types import ScoreReply, ScoreRequest, TeacherInfo
+from opd.wire.messages import info_from_proto, reply_from_proto, request_to_proto
+from opd.wire.pb import teacher_pb2 as pb
+from opd.wire.pb.teacher_pb2_grpc import TeacherServiceStub
+
+DEFAULT_MAX_MESSAGE_BYTES = 64 << 20
+KEEPALIVE_TIME_S = 30.0
+"""Servers must allow pings this often; ours does."""
+_INFO_TIMEOUT_S = 20.0
+_SERVICE_CONFIG = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
+
+
+class GrpcScoreClient:
+    """One channel to one pool; for one event loop.
+
+    Example::
+
+        async with GrpcScoreClient("teachers.internal:7000") as client:
+            print((await client.info()).fingerprint)
+            reply = await client.score(request)
+    """
+
+    def __init__(self, target: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> None:
+        self._target = target.removeprefix("grpc://").rstrip("/")
+        if not self._target or ("://" in self._target and ":///" not in self._target):
+            raise ConfigError(f"target={target!r}: is no gRPC address; give host:port or grpc://host:port")
+        self._max_message_bytes = max_message_bytes
+        self._channel: Any = None
+        self._stub: Any = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def info(self) -> TeacherInfo:
+        """The handshake of whichever replica answers; its message limit is kept to from then on."""
+        response = await self._call("GetInfo", pb.GetInfoRequest(), _INFO_TIMEOUT_S)
+        info = info_from_proto(response)
+        if info.max_message_bytes:
+            self._max_message_bytes = min(self._max_message_bytes, info.max_message_bytes)
+        return info
+
+    async def score(self, request: ScoreRequest) -> ScoreReply:
+        """Raises the typed error of the server, or of the way there."""
+        message = request_to_proto(request)
+        if message.ByteSize() > self._max_message_bytes:
+            raise InvalidRequestError(
+                f"rollout {request.rollout_id}: {message.ByteSize()} bytes, a message holds "
+                f"{self._max_message_bytes}; send fewer candidates or a shorter rollout"
+            )
+        response = await self._call("Score", message, request.timeout_ms / 1000)
+        return reply_from_proto(response.reply)
+
+    async def close(self) -> None:
+        """Ends the channel; calls under way are cancelled."""
+        channel, self._channel, self._stub = self._channel, None, None
+        if channel is not None:
+            await channel.close()
+
+    async def _call(self, method: str, message: Any, timeout_s: float) -> Any:
+        if self._stub is None:
+            self._connect()
+        try:
+            return await getattr(self._stub, method)(message, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error, self._target) from None
+
+    def _connect(self) -> None:
+        address = self._target if ":///" in self._target else f"dns:///{self._target}"
+        options = [
+            ("grpc.service_config", _SERVICE_CONFIG),
+            ("grpc.enable_retries", 0),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_receive_message_length", self._max_message_bytes),
+            ("grpc.keepalive_time_ms", int(1000 * KEEPALIVE_TIME_S)),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 5_000),
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+        self._channel = grpc.aio.insecure_channel(address, options=options)
+        self._stub = TeacherServiceStub(self._channel)  # type: ignore[no-untyped-call]

@@ -1,0 +1,155 @@
+"""Every setting of a teacher replica, checked before anything starts."""
+
+import re
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from opd.settings import Settings
+
+
+class GrpcSettings(Settings):
+    """The gRPC listener."""
+
+    host: str = "127.0.0.1"
+    """Loopback unless told: the port is not authenticated yet."""
+    port: int = Field(default=0, ge=0, le=65_535)
+    """0 takes a free one, told in the log and the ready file."""
+    max_message_bytes: int = Field(default=64 << 20, ge=1024, le=1 << 30)
+    """Of a request or an answer; published in GetInfo."""
+    max_concurrent_rpcs: int = Field(default=1024, ge=1)
+    """Beyond it callers are told to come back."""
+    keepalive_time_s: float = Field(default=60.0, gt=0)
+    """A silent connection is probed after this long."""
+    keepalive_timeout_s: float = Field(default=20.0, gt=0)
+    """A probed connection is closed after this long without an answer."""
+    max_connection_age_s: float = Field(default=600.0, gt=0)
+    """Connections are renewed, so that callers find new replicas."""
+    max_connection_age_grace_s: float = Field(default=300.0, gt=0)
+    """What an ageing connection's last calls are given."""
+
+
+class HttpSettings(Settings):
+    """The HTTP listener: health, metrics, and scoring for looking by hand."""
+
+    host: str = "127.0.0.1"
+    """Loopback unless told."""
+    port: int = Field(default=0, ge=0, le=65_535)
+    """0 takes a free one."""
+    max_body_bytes: int = Field(default=4 << 20, ge=1024)
+    """Of /v1/score."""
+
+
+class BatchingSettings(Settings):
+    """How requests share the engine; tokens are prompt plus response."""
+
+    max_batch_tokens: int = Field(default=16_384, ge=1)
+    """Tokens of one forward pass, padding included; a longer single request has one of its own."""
+    max_batch_requests: int = Field(default=256, ge=1)
+    """Requests dealt to the engine at once."""
+    max_direct_tokens: int = Field(default=131_072, ge=1)
+    """In-flight tokens of all gRPC and HTTP callers together."""
+    max_tenant_tokens: int = Field(default=65_536, ge=1)
+    """In-flight tokens of one tenant over gRPC and HTTP."""
+    quantum_tokens: int = Field(default=1_024, ge=1)
+    """What a tenant of weight 1 is granted in a turn."""
+    weights: dict[str, float] = Field(default_factory=dict)
+    """Share of a tenant relative to 1; tenants not named have 1."""
+    max_padding_share: float = Field(default=0.25, ge=0, lt=1)
+    """Of a forward pass."""
+    row_chunk: int = Field(default=256, ge=1)
+    """Response rows that go through the output head at a time."""
+    linger_ms: float = Field(default=2.0, ge=0, le=1000)
+    """How long an idle engine waits for company to the first request."""
+
+    @field_validator("weights")
+    @classmethod
+    def _weights_are_positive(cls, weights: dict[str, float]) -> dict[str, float]:
+        for tenant, weight in weights.items():
+            if not 0.01 <= weight <= 100:
+                raise ValueError(f"weight {weight} of tenant {tenant} is outside 0.01 to 100; leave it out for 1")
+        return weights
+
+
+class QueueSettings(Settings):
+    """How the replica takes from Redis."""
+
+    batches_ahead: float = Field(default=2.0, ge=1, le=4)
+    """Tokens held here, in batches: one being scored, one ready."""
+    lease_s: float = Field(default=30.0, ge=0.2)
+    """After this long without a sign of life other replicas take over what this one holds."""
+    max_deliveries: int = Field(default=3, ge=1)
+    """A request that took down so many replicas is put aside."""
+    patience_s: float = Field(default=60.0, gt=0)
+    """How long an answer waits for a lost Redis; then its lease runs out and another replica scores it again."""
+    announce_s: float = Field(default=2.0, gt=0)
+    """Between two signs of life; two missed ones make the replica not ready."""
+    per_fingerprint: bool = False
+    """Serves the pool name@fingerprint, to be switched to with `opd pool promote`, instead of the bare name."""
+    max_tenant_tokens: int | None = Field(default=None, ge=1)
+    """In-flight tokens of a tenant in the queue; set together with batching.weights for the whole pool. Unset with
+    no weights leaves the pool's limits as they are."""
+
+
+class TeacherConfig(Settings):
+    """One teacher replica."""
+
+    model: str
+    """Folder or hub name of a causal language model with safetensors and tokenizer."""
+    teacher: str = "teacher"
+    """The pool's name; [a-z0-9-]{1,63}."""
+    device: str = "auto"
+    """auto, cpu or cuda:N."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto is bfloat16 on CUDA and float32 elsewhere; normalisers are float32 always."""
+    max_context: int = Field(default=0, ge=0)
+    """Prompt plus response tokens of a request; 0 is the model's own limit."""
+    max_candidates: int = Field(default=256, ge=1, le=65_536)
+    """Candidate ids a position."""
+    max_score_top_k: int = Field(default=256, ge=1, le=65_536)
+    """The teacher's own top-k."""
+    redis_url: str | None = None
+    """redis:// or unix:// URL of the queue; unset takes OPD_REDIS_URL or its file, and serves gRPC and HTTP only if
+    there is none."""
+    grpc: GrpcSettings = GrpcSettings()
+    """See GrpcSettings."""
+    http: HttpSettings = HttpSettings()
+    """See HttpSettings."""
+    batching: BatchingSettings = BatchingSettings()
+    """See BatchingSettings."""
+    queue: QueueSettings = QueueSettings()
+    """See QueueSettings."""
+    replica: str = ""
+    """This replica's name in replies and metrics; unset is host name and process id."""
+    canary_interval_s: float = Field(default=60.0, gt=0)
+    """Between two runs of the probe."""
+    stall_s: float = Field(default=300.0, gt=0)
+    """A forward pass longer than this makes the replica not ready and lets its leases go."""
+    torch_threads: int = Field(default=0, ge=0)
+    """0 is one fewer than the cores this process may use, at least one."""
+    drain_s: float = Field(default=30.0, ge=0)
+    """What is being scored at SIGTERM has this long to finish."""
+    cache_folder: Path | None = Path("~/.cache/opd")
+    """Where the weights' hash is remembered."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Of everything on standard error."""
+    log_json: bool = False
+    """One JSON object a line."""
+
+    @field_validator("teacher")
+    @classmethod
+    def _teacher_is_a_name(cls, teacher: str) -> str:
+        if not re.fullmatch(r"[a-z0-9-]{1,63}", teacher):
+            raise ValueError("names are [a-z0-9-]{1,63}")
+        return teacher
+
+    @model_validator(mode="after")
+    def _caps_fit(self) -> Self:
+        batching = self.batching
+        if batching.max_tenant_tokens > batching.max_direct_tokens:
+            raise ValueError(
+                f"batching.max_tenant_tokens={batching.max_tenant_tokens}: is over batching.max_direct_tokens="
+                f"{batching.max_direct_tokens}; lower the first or raise the second"
+            )
+        return self

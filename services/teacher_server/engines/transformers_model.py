@@ -1,0 +1,227 @@
+"""Loading a Hugging Face causal language model for scoring: decoder, output head, vocabulary, limits.
+
+The output head is run by us, in row chunks, so everything that stands between the last hidden state and the logits
+must be known: a scale, a soft-cap, a bias. What the configuration declares is taken over, and a probe compares the
+result with the model's own logits before anything is served; a model that does not agree is refused by name.
+"""
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from opd.errors import ConfigError
+from opd.ops import OutputHead
+from opd.vocabulary import Vocabulary, describe_vocabulary
+from services.teacher_server.engines.model_folder import check_folder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LOAD_FAULTS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+_PROBE_TOKENS = 16
+_FP32_TOLERANCE = 1e-3
+# Low-precision logits of the model itself are rounded to this share of their size; ours are not.
+_LOW_PRECISION_TOLERANCE = 2.0**-6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedModel:
+    """A model ready to be scored with; the names say what the engine needs of it."""
+
+    decoder: nn.Module
+    """Everything up to and with the final norm; returns `last_hidden_state`."""
+    head: OutputHead
+    vocabulary: Vocabulary
+    eos_token_ids: tuple[int, ...]
+    max_context: int
+    device: torch.device
+    dtype_name: str
+    takes_position_ids: bool
+
+    def hidden(self, ids_BT: Tensor) -> Tensor:
+        """Hidden states [B, T, H] after the final norm, of right-padded sequences that all start at position 0."""
+        positions = {}
+        if self.takes_position_ids:
+            positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+            positions["position_ids"] = positions_T.unsqueeze(0).expand(ids_BT.shape[0], -1)
+        hidden_BTH: Tensor = self.decoder(input_ids=ids_BT, use_cache=False, **positions).last_hidden_state
+        return hidden_BTH
+
+
+def load_model(folder: Path, *, device: str, dtype: str, max_context: int) -> LoadedModel:
+    """Loads and checks; `device` and `dtype` may be "auto", `max_context` 0 means the model's own.
+
+    Raises ConfigError naming the folder and the reason.
+    """
+    check_folder(folder)
+    # What the library has to say of a broken folder comes back as our one line; bars have no place in a log.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    torch_device = choose_device(device)
+    dtype_name = choose_dtype(dtype, torch_device)
+    vocabulary, tokenizer_eos = _load_vocabulary(folder)
+    model = _load_weights(folder, DTYPES[dtype_name]).to(torch_device).eval().requires_grad_(False)
+    head = build_head(model)
+    _check_vocabulary(folder, vocabulary, head)
+    loaded = LoadedModel(
+        decoder=_decoder(folder, model),
+        head=head,
+        vocabulary=vocabulary,
+        eos_token_ids=_eos_token_ids(model, tokenizer_eos),
+        max_context=_context(folder, model.config, max_context),
+        device=torch_device,
+        dtype_name=dtype_name,
+        takes_position_ids="position_ids" in inspect.signature(model.base_model.forward).parameters,
+    )
+    check_head(folder, model, loaded)
+    check_causal(folder, loaded)
+    return loaded
+
+
+def choose_device(name: str) -> torch.device:
+    """The device asked for, or CUDA where there is one; raises ConfigError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device={name}: is no device; use auto, cpu or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device={name}: {torch.cuda.device_count()} CUDA devices are visible; use auto or cpu")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> str:
+    """bf16 on CUDA and fp32 elsewhere unless told; normalisers are fp32 everywhere."""
+    if name == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    return name
+
+
+def build_head(model: Any) -> OutputHead:
+    """The output head with the scale and soft-cap that the configuration declares."""
+    config, layer = model.config.get_text_config(), model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
+        raise ConfigError(f"model type {config.model_type}: its output head is {type(layer).__name__}, not linear")
+    scale = float(getattr(config, "logit_scale", None) or 1.0) * float(getattr(config, "lm_head_multiplier", 1.0))
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    return OutputHead(
+        weight_VH=layer.weight,
+        bias_V=layer.bias,
+        logit_scale=scale,
+        soft_cap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def check_head(folder: Path, model: Any, loaded: LoadedModel) -> None:
+    """Refuses a model whose logits our head does not reproduce on a probe."""
+    ids_1T = _probe_ids(loaded)
+    with torch.inference_mode():
+        theirs_TV = model(input_ids=ids_1T, use_cache=False).logits[0].float()
+        ours_TV = loaded.head.logits(loaded.hidden(ids_1T)[0])
+    difference = _largest_difference(ours_TV, theirs_TV)
+    if difference > _tolerance(loaded, theirs_TV):
+        declared = sorted(name for name in model.config.to_dict() if "logit" in name or "multiplier" in name)
+        raise ConfigError(
+            f"model={folder}: type {model.config.model_type} changes its logits in a way this engine does not know "
+            f"(off by {difference:.3g} on the probe; its configuration has {', '.join(declared) or 'no such key'}); "
+            "use another model"
+        )
+
+
+def check_causal(folder: Path, loaded: LoadedModel) -> None:
+    """Refuses a model in which a position sees what stands to its right: padding would change its scores."""
+    ids_1T = _probe_ids(loaded)
+    num_kept = max(1, ids_1T.shape[1] // 2)
+    with torch.inference_mode():
+        whole_TV = loaded.head.logits(loaded.hidden(ids_1T)[0, :num_kept])
+        alone_TV = loaded.head.logits(loaded.hidden(ids_1T[:, :num_kept])[0])
+    # Broken weights are the canary's to report.
+    is_finite = bool(whole_TV.isfinite().all() and alone_TV.isfinite().all())
+    difference = float((whole_TV - alone_TV).abs().max())
+    if is_finite and difference > _tolerance(loaded, alone_TV):
+        raise ConfigError(
+            f"model={folder}: is not causal, its logits change by {difference:.3g} with what follows; use a "
+            "decoder-only language model"
+        )
+
+
+def _probe_ids(loaded: LoadedModel) -> Tensor:
+    spread = torch.arange(1, _PROBE_TOKENS + 1) * 7919 % loaded.vocabulary.num_defined_ids
+    return spread[: loaded.max_context].unsqueeze(0).to(loaded.device)
+
+
+def _tolerance(loaded: LoadedModel, logits_TV: Tensor) -> float:
+    if loaded.dtype_name == "float32":
+        return _FP32_TOLERANCE
+    return _FP32_TOLERANCE + _LOW_PRECISION_TOLERANCE * float(logits_TV.nan_to_num(0.0).abs().max())
+
+
+def _largest_difference(ours_TV: Tensor, theirs_TV: Tensor) -> float:
+    """Broken weights are the canary's to report, so NaN in the same place counts as equal."""
+    both_finite = ours_TV.isfinite() & theirs_TV.isfinite()
+    if not torch.equal(ours_TV.isfinite(), theirs_TV.isfinite()):
+        return float("inf")
+    return float((ours_TV - theirs_TV)[both_finite].abs().max()) if both_finite.any() else 0.0
+
+
+def _load_weights(folder: Path, dtype: torch.dtype) -> Any:
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except _LOAD_FAULTS as error:
+        raise ConfigError(f"model={folder}: cannot be loaded ({_first_line(error)})") from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # The library would fill them with random numbers and go on.
+        raise ConfigError(f"model={folder}: {len(missing)} weights are missing, such as {missing[0]}; save it again")
+    return model
+
+
+def _load_vocabulary(folder: Path) -> tuple[Vocabulary, int | None]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except _LOAD_FAULTS as error:
+        raise ConfigError(f"model={folder}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+    return describe_vocabulary(tokenizer), tokenizer.eos_token_id
+
+
+def _check_vocabulary(folder: Path, vocabulary: Vocabulary, head: OutputHead) -> None:
+    if vocabulary.num_defined_ids > head.num_rows:
+        raise ConfigError(
+            f"model={folder}: the tokenizer defines {vocabulary.num_defined_ids} ids and the output head has only "
+            f"{head.num_rows} rows; use the tokenizer the model was trained with"
+        )
+
+
+def _decoder(folder: Path, model: Any) -> nn.Module:
+    decoder = model.base_model
+    if decoder is model or not isinstance(decoder, nn.Module):
+        raise ConfigError(f"model={folder}: type {model.config.model_type} has no separate decoder; use another model")
+    return decoder
+
+
+def _eos_token_ids(model: Any, tokenizer_eos: int | None) -> tuple[int, ...]:
+    declared = getattr(model.generation_config, "eos_token_id", None)
+    declared = tokenizer_eos if declared is None else declared
+    found = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    return tuple(int(token_id) for token_id in found)
+
+
+def _context(folder: Path, config: Any, max_context: int) -> int:
+    own = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    limits = [limit for limit in (own, max_context) if limit > 0]
+    if not limits:
+        raise ConfigError(f"model={folder}: does not say how long its context is; set max_context")
+    return min(limits)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]

@@ -1,0 +1,150 @@
+"""The gRPC shell: decode, call TeacherScoring, encode; health and reflection beside it.
+
+Nothing here decides anything about a request. Errors become a status, the message and trailing metadata in one place
+(`opd.rpc.status`); a fault of ours is logged with its traceback and told without it.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from opd.errors import ConfigError, InternalError, OpdError, UnknownTeacherError, UnsupportedError
+from opd.rpc.client import KEEPALIVE_TIME_S
+from opd.rpc.status import STATUS, trailing_metadata
+from opd.wire.messages import info_to_proto, reply_to_proto, request_from_proto
+from opd.wire.pb import teacher_pb2 as pb
+from opd.wire.pb import teacher_pb2_grpc as pb_grpc
+from services.teacher_server.config import GrpcSettings
+from services.teacher_server.readiness import Readiness
+from services.teacher_server.scoring import ScoringSlot
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+SERVICE = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class TeacherServicer(pb_grpc.TeacherServiceServicer):
+    """One method per RPC."""
+
+    def __init__(self, slot: ScoringSlot) -> None:
+        self._slot = slot
+
+    async def GetInfo(self, request: pb.GetInfoRequest, context: Any) -> pb.GetInfoResponse:
+        return await _guarded(context, lambda: self._info(request))
+
+    async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
+        return await _guarded(context, lambda: self._score(request, context))
+
+    async def ScoreStream(self, request: pb.ScoreStreamRequest, context: Any) -> None:
+        await _refuse(context, _no_hidden_states("ScoreStream"))
+
+    async def GetOutputHead(self, request: pb.GetOutputHeadRequest, context: Any) -> None:
+        await _refuse(context, _no_hidden_states("GetOutputHead"))
+
+    async def _info(self, request: pb.GetInfoRequest) -> pb.GetInfoResponse:
+        info = self._slot.get().info()
+        if request.teacher not in ("", info.teacher):
+            raise UnknownTeacherError(f"teacher={request.teacher[:80]!r}: this replica serves {info.teacher!r}")
+        return info_to_proto(info)
+
+    async def _score(self, message: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
+        request = request_from_proto(message)
+        reply = await self._slot.get().score(request, patience_s=context.time_remaining())
+        return pb.ScoreResponse(reply=reply_to_proto(reply, request.encoding))
+
+
+class GrpcServer:
+    """The listener; answers health from the start, and requests once the slot is filled."""
+
+    def __init__(self, settings: GrpcSettings, slot: ScoringSlot, readiness: Readiness) -> None:
+        self._settings = settings
+        self._slot = slot
+        self._readiness = readiness
+        self._health = health.aio.HealthServicer()
+        self._updates: set[asyncio.Task[None]] = set()
+        self._server: Any = None
+
+    async def start(self) -> int:
+        """Listens and serves; returns the port, raises ConfigError when it is taken."""
+        settings = self._settings
+        self._server = grpc.aio.server(options=_options(settings), maximum_concurrent_rpcs=settings.max_concurrent_rpcs)
+        pb_grpc.add_TeacherServiceServicer_to_server(TeacherServicer(self._slot), self._server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        port = self._bind()
+        await self._server.start()
+        self._readiness.subscribe(self._show)
+        return port
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuses new calls and gives the ones under way `grace_s`."""
+        if self._server is None:
+            return
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+    def _bind(self) -> int:
+        settings = self._settings
+        try:
+            port = int(self._server.add_insecure_port(f"{settings.host}:{settings.port}"))
+        except RuntimeError:
+            port = 0
+        if not port:
+            raise ConfigError(
+                f"grpc.port={settings.port}: cannot listen on {settings.host}, the port is taken or the host is not "
+                "ours; choose another, or 0 for a free one"
+            )
+        return port
+
+    def _show(self, is_ready: bool) -> None:
+        task = asyncio.get_running_loop().create_task(self._set_health(_SERVING if is_ready else _NOT_SERVING))
+        self._updates.add(task)
+        task.add_done_callback(self._updates.discard)
+
+    async def _set_health(self, status: Any) -> None:
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
+
+
+def _options(settings: GrpcSettings) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.keepalive_time_ms", int(1000 * settings.keepalive_time_s)),
+        ("grpc.keepalive_timeout_ms", int(1000 * settings.keepalive_timeout_s)),
+        # Half of what our clients do, so that a punctual ping is never taken for abuse.
+        ("grpc.http2.min_ping_interval_without_data_ms", int(500 * KEEPALIVE_TIME_S)),
+        ("grpc.max_connection_age_ms", int(1000 * settings.max_connection_age_s)),
+        ("grpc.max_connection_age_grace_ms", int(1000 * settings.max_connection_age_grace_s)),
+        # Two processes on one port would silently share its connections.
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+async def _guarded(context: Any, call: Callable[[], Awaitable[_T]]) -> _T:
+    """Runs `call` and turns whatever it raises into a status."""
+    try:
+        return await call()
+    except OpdError as error:
+        await _refuse(context, error)
+    except Exception:
+        _log.exception("a call failed for a fault of ours")
+        await _refuse(context, InternalError("a fault of the teacher's; its log has the traceback"))
+
+
+async def _refuse(context: Any, error: OpdError) -> NoReturn:
+    await context.abort(STATUS[error.code], error.message, trailing_metadata(error))
+    raise AssertionError("abort raises")
+
+
+def _no_hidden_states(method: str) -> OpdError:
+    return UnsupportedError(
+        f"{method}: needs the capability hidden_states, which this teacher does not have; use Score"
+    )

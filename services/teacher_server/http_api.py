@@ -1,0 +1,201 @@
+"""The HTTP shell: health, metrics, the handshake, and scoring for looking by hand.
+
+/v1/score speaks JSON for people with curl; programs use the queue or gRPC. Values that were not computed are null.
+Errors have the same form everywhere: {"error": {code, message, retryable, retry_after_s}}.
+"""
+
+import math
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict
+
+from opd.errors import ConfigError, InvalidRequestError, OpdError
+from opd.metrics import CONTENT_TYPE, TeacherMetrics
+from opd.types import ScoreReply, ScoreRequest
+from services.teacher_server.config import HttpSettings
+from services.teacher_server.readiness import Part, Readiness
+from services.teacher_server.scoring import ScoringSlot
+
+STATUS: dict[str, int] = {
+    "invalid_request": 400,
+    "unauthenticated": 401,
+    "permission_denied": 403,
+    "unknown_teacher": 404,
+    "vocabulary_mismatch": 409,
+    "over_capacity": 429,
+    "non_finite": 422,
+    "unsupported": 501,
+    "unavailable": 503,
+    "queue_unavailable": 503,
+    "deadline_exceeded": 504,
+}
+"""Codes of the error tree that a score can end with; every other one is a 500."""
+
+
+class ScoreBody(BaseModel):
+    """The JSON form of a `ScoreRequest`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt_token_ids: list[int]
+    response_token_ids: list[int]
+    rollout_id: str = "by-hand"
+    tenant: str = "by-hand"
+    teacher: str = ""
+    """Empty: whoever answers here."""
+    candidate_token_ids: list[list[int]] | None = None
+    score_top_k: int = 0
+    wants_sampled: bool = True
+    wants_entropy: bool = False
+    teacher_temperature: float = 1.0
+    timeout_ms: int = 60_000
+
+    def to_request(self, teacher: str) -> ScoreRequest:
+        """Raises InvalidRequestError for ids that are no 32-bit integers and ragged candidates."""
+        fields = self.model_dump()
+        for name in ("prompt_token_ids", "response_token_ids", "candidate_token_ids"):
+            fields[name] = _ids(name, fields[name])
+        return ScoreRequest(**(fields | {"teacher": self.teacher or teacher}))
+
+
+def create_app(slot: ScoringSlot, readiness: Readiness, metrics: TeacherMetrics, settings: HttpSettings) -> FastAPI:
+    """All routes; needs no running engine."""
+    app = FastAPI(title="OPD teacher", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.middleware("http")
+    async def bound_bodies(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        length = request.headers.get("content-length", "")
+        if request.method == "POST" and not (length.isdigit() and int(length) <= settings.max_body_bytes):
+            error = InvalidRequestError(
+                f"content-length={length or 'absent'}: a body of at most {settings.max_body_bytes} bytes is read; "
+                "use gRPC for more"
+            )
+            return _error_response(error)
+        return await call_next(request)
+
+    @app.exception_handler(OpdError)
+    async def tell(_: Request, error: OpdError) -> Response:
+        return _error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def tell_form(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:]) or "body"
+        return _error_response(InvalidRequestError(f"{where}: {first['msg'].lower()}"))
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        # A standing engine does not come back by itself: this is what asks for a restart.
+        stalled = readiness.reasons.get(Part.ENGINE)
+        return JSONResponse({"status": stalled or "ok"}, 503 if stalled else 200)
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        return JSONResponse({"status": readiness.describe()}, 200 if readiness.is_ready else 503)
+
+    @app.get("/metrics")
+    async def render() -> Response:
+        return Response(metrics.render(), media_type=CONTENT_TYPE)
+
+    @app.get("/v1/info")
+    async def info() -> Response:
+        found = asdict(slot.get().info())
+        return JSONResponse(found | {"capabilities": sorted(found["capabilities"])})
+
+    @app.post("/v1/score")
+    async def score(body: ScoreBody) -> Response:
+        scoring = slot.get()
+        reply = await scoring.score(body.to_request(scoring.info().teacher))
+        return JSONResponse(reply_as_json(reply))
+
+    return app
+
+
+class HttpServer:
+    """The listener: bound at once, so that a taken port is told before anything heavy starts."""
+
+    def __init__(self, app: FastAPI, settings: HttpSettings) -> None:
+        self._settings = settings
+        self._server = _QuietServer(
+            uvicorn.Config(app, log_config=None, access_log=False, log_level="warning", lifespan="off", ws="none")
+        )
+        self._socket: socket.socket | None = None
+
+    def bind(self) -> int:
+        """The port; raises ConfigError when it is taken."""
+        settings = self._settings
+        try:
+            self._socket = socket.create_server((settings.host, settings.port), reuse_port=False)
+        except OSError as error:
+            raise ConfigError(
+                f"http.port={settings.port}: cannot listen on {settings.host} ({error.strerror or error}); choose "
+                "another, or 0 for a free one"
+            ) from None
+        return int(self._socket.getsockname()[1])
+
+    async def run(self) -> None:
+        """Serves until `stop`."""
+        assert self._socket is not None, "bind comes before run"
+        await self._server.serve(sockets=[self._socket])
+
+    def stop(self) -> None:
+        """Lets `run` finish its last answers and return."""
+        self._server.should_exit = True
+        if self._socket is not None and not self._server.started:
+            self._socket.close()
+
+
+class _QuietServer(uvicorn.Server):
+    """Leaves signals to the one owner this process has."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def reply_as_json(reply: ScoreReply) -> dict[str, Any]:
+    """Plain lists, null where a value was not computed."""
+    fields = asdict(reply)
+    fields["scores"] = {name: _plain(values) for name, values in fields["scores"].items() if values is not None}
+    return fields
+
+
+def _plain(values: Any) -> Any:
+    if isinstance(values, np.ndarray):
+        return [_plain(value) for value in values.tolist()]
+    if isinstance(values, list):
+        return [_plain(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def _ids(name: str, values: list[Any] | None) -> Any:
+    if values is None:
+        return None
+    try:
+        return (
+            np.array(values, np.int32).reshape(len(values), -1)
+            if name.startswith("cand")
+            else np.array(values, np.int32)
+        )
+    except (ValueError, OverflowError):
+        raise InvalidRequestError(f"{name}: is no rectangle of 32-bit ids; pad rows with -1") from None
+
+
+def _error_response(error: OpdError) -> Response:
+    content = {
+        "code": error.code,
+        "message": error.message,
+        "retryable": error.retryable,
+        "retry_after_s": error.retry_after_s,
+    }
+    headers = {"Retry-After": str(math.ceil(error.retry_after_s))} if error.retry_after_s is not None else None
+    return JSONResponse({"error": content}, STATUS.get(error.code, 500), headers=headers)

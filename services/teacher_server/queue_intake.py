@@ -1,0 +1,208 @@
+"""The queue shell: lease requests ahead of need, score them through TeacherScoring, answer each exactly once.
+
+Holds one batch being scored and one ready, so that the engine never waits for Redis and a dead replica never holds
+much. Leases are renewed only while the engine gets on; whatever this replica cannot score it hands back uncounted. A
+lost Redis ends nothing: operations wait for it, readiness says so, and work goes on when it is back.
+"""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from functools import partial
+from typing import Any
+
+from opd.errors import InternalError, InvalidRequestError, OpdError, QueueUnavailableError, TeacherUnavailableError
+from opd.queue.connection import QueueConnection
+from opd.queue.score_consumer import Delivery, LeaseRules, ScoreConsumer
+from opd.types import ScoreRequest
+from opd.wire.messages import decode_request, encode_info, encode_reply
+from services.teacher_server.batcher import Intake
+from services.teacher_server.config import TeacherConfig
+from services.teacher_server.readiness import Part, Readiness
+from services.teacher_server.scoring import TeacherScoring
+
+_log = logging.getLogger(__name__)
+_TAKE_WAIT_S = 1.0
+_RENEWALS_A_LEASE = 3
+_MISSED_ANNOUNCEMENTS = 2
+_PAUSE_AFTER_FAULT_S = 1.0
+
+
+class QueueIntake:
+    """One replica's hand in the queue. `start`, then `run` until cancelled, then `stop`."""
+
+    def __init__(
+        self, config: TeacherConfig, url: str, scoring: TeacherScoring, *, readiness: Readiness, replica: str
+    ) -> None:
+        info, queue = scoring.info(), config.queue
+        self._scoring = scoring
+        self._readiness = readiness
+        self._settings = queue
+        self._weights = config.batching.weights
+        self._stall_s = config.stall_s
+        self._batch_tokens = config.batching.max_batch_tokens
+        self._info = encode_info(info)
+        rules = LeaseRules(
+            lease_ms=int(1000 * queue.lease_s),
+            max_deliveries=queue.max_deliveries,
+            quantum_tokens=config.batching.quantum_tokens,
+            max_body_bytes=config.grpc.max_message_bytes,
+        )
+        self.pool = f"{info.teacher}@{info.fingerprint}" if queue.per_fingerprint else info.teacher
+        self._connection = QueueConnection(url, patience_s=queue.patience_s)
+        self._consumer = ScoreConsumer(self._connection, pool=self.pool, name=replica, rules=rules)
+        self._serving: dict[Delivery, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+        self.num_handed_back = 0
+
+    @property
+    def label(self) -> str:
+        """The Redis in use, without its password."""
+        return self._connection.label
+
+    async def start(self) -> None:
+        """Checks Redis and signs on; raises what a user can mend in one line."""
+        self._readiness.hold(Part.QUEUE, f"not yet signed on at {self.label}")
+        try:
+            await self._sign_on()
+        except BaseException:
+            await self._connection.close()
+            raise
+        self._readiness.clear(Part.QUEUE)
+
+    async def run(self) -> None:
+        """Takes, renews and announces for ever; an exception here ends the process."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._keep_taking())
+            group.create_task(self._keep_renewing())
+            group.create_task(self._keep_announcing())
+
+    async def stop(self, patience_s: float) -> bool:
+        """Hands back what the engine has not begun, waits for the rest, signs off; True when nothing was cut short.
+
+        To be called when `run` has been cancelled.
+        """
+        self._scoring.release_waiting(Intake.QUEUE, "it is shutting down")
+        tasks = set(self._serving.values())
+        pending = (await asyncio.wait(tasks, timeout=patience_s))[1] if tasks else set()
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        self.num_handed_back += len(self._consumer.held)
+        try:
+            async with asyncio.timeout(max(patience_s, 1.0)):
+                await self._consumer.close()
+        except (OpdError, TimeoutError) as error:
+            _log.warning("redis %s: not signed off (%s); the leases run out by themselves", self.label, error)
+        return not pending
+
+    async def _keep_taking(self) -> None:
+        while True:
+            await self._readiness.wait_until_scoring()
+            held = sum(delivery.num_tokens for delivery in self._serving)
+            room = int(self._settings.batches_ahead * self._batch_tokens) - held
+            if held and room < self._batch_tokens:
+                self._changed.clear()
+                await self._changed.wait()
+                continue
+            deliveries = await self._outlasting(self._consumer.take(token_budget=room, wait_s=_TAKE_WAIT_S))
+            for delivery in deliveries or ():
+                task = asyncio.create_task(self._serve(delivery))
+                self._serving[delivery] = task
+                task.add_done_callback(partial(self._forget, delivery))
+
+    async def _keep_renewing(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.lease_s / _RENEWALS_A_LEASE)
+            if self._scoring.stalled_s > self._stall_s:
+                _log.error("the engine stands still for %.0f s; its leases are let go", self._scoring.stalled_s)
+                continue
+            for delivery in await self._outlasting(self._consumer.renew(list(self._serving))) or ():
+                # Somebody else has it now: scoring it here too would be for nothing.
+                if task := self._serving.get(delivery):
+                    task.cancel()
+
+    async def _keep_announcing(self) -> None:
+        every_s = self._settings.announce_s
+        while True:
+            await asyncio.sleep(every_s)
+            try:
+                async with asyncio.timeout(_MISSED_ANNOUNCEMENTS * every_s):
+                    await self._announce()
+            except (OpdError, TimeoutError) as error:
+                reason = str(error) or f"no answer for {_MISSED_ANNOUNCEMENTS * every_s:g} s"
+                _log.warning("redis %s: %s", self.label, reason)
+                self._readiness.hold(Part.QUEUE, f"redis {self.label}: {reason}")
+            else:
+                self._readiness.clear(Part.QUEUE)
+
+    async def _sign_on(self) -> None:
+        await self._connection.open()
+        if self._weights or self._settings.max_tenant_tokens is not None:
+            await self._consumer.set_limits(
+                weights=self._weights, caps={}, default_cap=self._settings.max_tenant_tokens
+            )
+        await self._announce()
+
+    async def _announce(self) -> None:
+        """The handshake is written each time: a Redis that lost everything gets it back."""
+        await self._consumer.publish_info(self._info)
+        if self._readiness.why_not_scoring():
+            return
+        await self._consumer.announce(self._info, expiry_s=(_MISSED_ANNOUNCEMENTS + 2) * self._settings.announce_s)
+
+    async def _serve(self, delivery: Delivery) -> None:
+        """From lease to answer; an answer that Redis cannot take is dropped with its lease."""
+        try:
+            answer = await self._answer(delivery)
+            if isinstance(answer, TeacherUnavailableError):
+                self.num_handed_back += await self._consumer.hand_back([delivery])
+            elif isinstance(answer, OpdError):
+                await self._consumer.fail(delivery, answer)
+            else:
+                await self._consumer.complete(delivery, answer)
+        except OpdError as error:
+            _log.warning("rollout %s: its answer is lost (%s)", delivery.rollout_id, error.message)
+
+    async def _answer(self, delivery: Delivery) -> bytes | OpdError:
+        try:
+            request = decode_request(delivery.body)
+            _check_declared(delivery, request)
+            reply = await self._scoring.score(
+                request,
+                intake=Intake.QUEUE,
+                alone=delivery.delivery_count > 1,
+                age_s=delivery.age_ms / 1000,
+                patience_s=delivery.remaining_ms / 1000,
+            )
+            return encode_reply(reply, request.encoding)
+        except OpdError as error:
+            return error
+        except Exception:
+            _log.exception("rollout %s failed for a fault of ours", delivery.rollout_id)
+            return InternalError(f"rollout {delivery.rollout_id}: a fault of the teacher's; its log has the traceback")
+
+    async def _outlasting(self, operation: Coroutine[Any, Any, list[Delivery]]) -> list[Delivery] | None:
+        """The result, or None after a fault of Redis that was logged and waited out for a moment."""
+        try:
+            return await operation
+        except OpdError as error:
+            self._readiness.hold(Part.QUEUE, error.message)
+            level = logging.WARNING if isinstance(error, QueueUnavailableError) else logging.ERROR
+            _log.log(level, "the queue fails: %s", error.message)
+            await asyncio.sleep(_PAUSE_AFTER_FAULT_S)
+            return None
+
+    def _forget(self, delivery: Delivery, _: "asyncio.Task[None]") -> None:
+        del self._serving[delivery]
+        self._changed.set()
+
+
+def _check_declared(delivery: Delivery, request: ScoreRequest) -> None:
+    """What was declared outside the body decided about shares and rights, so the body must say the same."""
+    for name in ("rollout_id", "tenant", "num_tokens"):
+        declared, found = getattr(delivery, name), getattr(request, name)
+        if declared != found:
+            raise InvalidRequestError(
+                f"{name}={declared!r}: was declared, the body says {found!r}; send the same in both"
+            )
