@@ -1,0 +1,90 @@
+"""Estimates from graded samples, each with an interval over problems.
+
+Legend: P problems, N samples a problem. The unit of chance is the problem: samples of one problem say little about the
+next, so intervals resample problems (percentile bootstrap, seeded) and never single samples.
+"""
+
+from dataclasses import dataclass
+from math import comb
+
+import numpy as np
+from numpy.typing import NDArray
+
+Values = NDArray[np.float64]
+
+NUM_RESAMPLES = 2000
+CONFIDENCE = 0.95
+_MIN_GAP_STANDARD_ERRORS = 2.0
+_MAX_CHUNK_INDICES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """A value with its 95 % interval. Example: ``Estimate(value=0.5, low=0.4, high=0.61)``."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GapRecovery:
+    """How much of the gap between student and teacher training has closed, 1 being all of it."""
+
+    estimate: Estimate | None
+    """None when the gap is negative or under two standard errors: a ratio to it would mean nothing."""
+    gap: float
+    """acc_teacher - acc_before."""
+    gap_standard_error: float
+
+
+def mean_over_problems(values_P: Values, *, seed: int = 0) -> Estimate:
+    """The mean with its interval; with one problem the interval is the value."""
+    means = _resampled_means(values_P[:, None], seed)[:, 0]
+    low, high = np.quantile(means, _tails())
+    return Estimate(value=float(values_P.mean()), low=float(low), high=float(high))
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Chance that at least one of k samples is right: 1 - C(N-c, k) / C(N, k), unbiased; 1 <= k <= num_samples."""
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"k={k} is outside 1..{num_samples}, the number of samples")
+    return 1.0 - comb(num_samples - num_correct, k) / comb(num_samples, k)
+
+
+def gap_recovery(before_P: Values, after_P: Values, teacher_P: Values, *, seed: int = 0) -> GapRecovery:
+    """(after - before) / (teacher - before) of accuracies on the same P problems, resampled together.
+
+    Resamples whose gap is not positive count as infinite, with the sign of their gain, so the interval widens
+    where the gap is hardly there; a bound may therefore be infinite.
+    """
+    if not before_P.shape == after_P.shape == teacher_P.shape:
+        raise ValueError(f"accuracies of {before_P.size}, {after_P.size} and {teacher_P.size} problems do not pair up")
+    gains, gaps = _resampled_means(np.stack([after_P - before_P, teacher_P - before_P], axis=1), seed).T
+    gap, standard_error = float((teacher_P - before_P).mean()), float(gaps.std(ddof=1))
+    if gap <= 0 or gap < _MIN_GAP_STANDARD_ERRORS * standard_error:
+        return GapRecovery(estimate=None, gap=gap, gap_standard_error=standard_error)
+    unbounded = np.where(gains == 0, 0.0, np.copysign(np.inf, gains))
+    ratios = np.where(gaps > 0, gains / np.where(gaps > 0, gaps, 1.0), unbounded)
+    low, high = np.quantile(ratios, _tails(), method="inverted_cdf")
+    value = float((after_P - before_P).mean()) / gap
+    estimate = Estimate(value=value, low=float(low), high=float(high))
+    return GapRecovery(estimate=estimate, gap=gap, gap_standard_error=standard_error)
+
+
+def _resampled_means(columns_PC: Values, seed: int) -> Values:
+    """Column means of resampled problems, [NUM_RESAMPLES, C]; the same seed and P give the same resamples."""
+    num_problems = columns_PC.shape[0]
+    generator = np.random.default_rng([seed, num_problems])
+    chunk = max(1, _MAX_CHUNK_INDICES // num_problems)
+    means = [
+        columns_PC[generator.integers(num_problems, size=(min(chunk, NUM_RESAMPLES - start), num_problems))].mean(
+            axis=1
+        )
+        for start in range(0, NUM_RESAMPLES, chunk)
+    ]
+    return np.concatenate(means)
+
+
+def _tails() -> tuple[float, float]:
+    return (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2

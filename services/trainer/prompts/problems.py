@@ -1,0 +1,168 @@
+"""Prompt sets: files and data sets in the form of the paper's.
+
+A row has `prompt` (messages of role and content), `reward_model.ground_truth`, `data_source` and `extra_info`. The
+template in which a question is asked is recognised, and another can be put in its place. Whatever is wrong with a row
+is a `ConfigError` that names file, row and column.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from opd.errors import ConfigError
+from services.trainer.templates import get_template, recognize
+
+logger = logging.getLogger(__name__)
+
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptProblem:
+    """One row of a prompt set.
+
+    Example: ``PromptProblem(index=0, messages=({"role": "user", "content": "What is 2+2? Please ..."},),
+    question="What is 2+2?", template="boxed", answer="4", source="testbed/level1", level="1")``.
+    """
+
+    index: int
+    """Of the row in its file, from 0."""
+    messages: tuple[Mapping[str, str], ...]
+    question: str
+    """The last user message without its template; the whole message where none was recognised."""
+    template: str
+    """Name of the template the question is asked in; empty where none was recognised."""
+    answer: str | None
+    source: str
+    """`data_source`, or the file's name where the row has none."""
+    level: str
+    """`extra_info.level`; empty where the row has none."""
+
+
+def load_problems(data: str, *, template: str | None = None, split: str = "train") -> list[PromptProblem]:
+    """Reads a .parquet or .jsonl file, or a split of a Hugging Face data set by name.
+
+    `template` asks every question in that template instead of its own; a prompt in no known template is then taken
+    for a bare question. Raises `ConfigError` naming file, row and column.
+    """
+    problems = [_problem(row, index, data) for index, row in enumerate(_rows(data, split))]
+    if not problems:
+        raise ConfigError(f"data {data}: it has no rows; give a prompt set with at least one")
+    if template is None:
+        return problems
+    num_bare = sum(not problem.template for problem in problems)
+    if num_bare:
+        logger.warning("%s: %d of %d prompts are taken for bare questions", data, num_bare, len(problems))
+    return [retemplate(problem, template) for problem in problems]
+
+
+def retemplate(problem: PromptProblem, template: str) -> PromptProblem:
+    """The same question asked in another template; `ConfigError` for an unknown one."""
+    last = {**problem.messages[-1], "content": get_template(template).render(problem.question)}
+    return replace(problem, template=template, messages=(*problem.messages[:-1], last))
+
+
+def _rows(data: str, split: str) -> Iterator[Mapping[str, Any]]:
+    path = Path(data)
+    if path.suffix in (".parquet", ".jsonl"):
+        if not path.is_file():
+            raise ConfigError(f"data {data}: no such file; give a .parquet or .jsonl file or a data set name")
+        return _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+    if path.exists() or path.is_absolute() or data.startswith("."):
+        raise ConfigError(f"data {data}: not a prompt set; give a .parquet or .jsonl file or a data set name")
+    return _dataset_rows(data, split)
+
+
+def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(f"data {path}: not a readable parquet file ({first_line(error)}); copy it again") from error
+
+
+def _jsonl_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ConfigError(f"data {path}: line {number} is not JSON ({error}); one object a line") from error
+
+
+def _dataset_rows(name: str, split: str) -> Iterator[Mapping[str, Any]]:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, split=split)
+    except Exception as error:  # The library raises many kinds, from a missing split to no network.
+        raise ConfigError(
+            f"data {name}: split {split!r} cannot be loaded ({first_line(error)}); give a .parquet or .jsonl file or "
+            "a data set name"
+        ) from error
+    yield from loaded
+
+
+def _problem(row: Mapping[str, Any], index: int, data: str) -> PromptProblem:
+    if not isinstance(row, Mapping):
+        raise ConfigError(f"data {data}: row {index} is not an object; give prompt, reward_model and data_source")
+    messages = _messages(row.get("prompt"), index, data)
+    extra = row.get("extra_info")
+    extra = extra if isinstance(extra, Mapping) else {}
+    content = messages[-1]["content"]
+    template, question = recognize(content) or ("", content)
+    level = extra.get("level")
+    return PromptProblem(
+        index=index,
+        messages=messages,
+        question=question,
+        template=template,
+        answer=_answer(row, index, data),
+        source=str(row.get("data_source") or Path(data).stem),
+        level="" if level is None else str(level),
+    )
+
+
+def _messages(prompt: Any, index: int, data: str) -> tuple[Mapping[str, str], ...]:
+    where = f"data {data}: row {index}: column prompt"
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, Sequence) or not prompt:
+        found = "missing" if prompt is None else f"{prompt!r:.40}"
+        raise ConfigError(f"{where} is {found}; give a list of messages with role and content")
+    messages = []
+    for message in prompt:
+        if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
+            raise ConfigError(f"{where} has the message {message!r:.60}; give role ({', '.join(_ROLES)}) and content")
+        content = message.get("content")
+        if not isinstance(content, str) or not content.strip():
+            raise ConfigError(f"{where} has an empty {message['role']} message; remove the row or give it a content")
+        messages.append({"role": message["role"], "content": content})
+    if messages[-1]["role"] != "user":
+        raise ConfigError(f"{where} ends with a message of the {messages[-1]['role']}; the last one must be the user's")
+    return tuple(messages)
+
+
+def _answer(row: Mapping[str, Any], index: int, data: str) -> str | None:
+    reward_model = row.get("reward_model")
+    if reward_model is None:
+        return None
+    if not isinstance(reward_model, Mapping):
+        raise ConfigError(
+            f"data {data}: row {index}: column reward_model is {reward_model!r:.40}; give an object with ground_truth"
+        )
+    answer = reward_model.get("ground_truth")
+    return None if answer is None or str(answer) == "" else str(answer)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,1 @@
+"""Rollout engines: what samples responses from the student, behind one protocol."""
