@@ -1,0 +1,305 @@
+"""Makes every part of a run and puts them together: the only place of the trainer that knows all of them.
+
+What can be refused cheaply comes first: the run folder, the queue, the model folder, the prompts, the teacher. Whatever
+was opened before a refusal is closed again.
+"""
+
+import logging
+import os
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from opd.client import SyncScoreClient
+from opd.errors import CheckpointError, ConfigError
+from opd.queue.connection import hide_password
+from opd.settings import read_secret
+from services.trainer.checkpoint import Checkpoint, CheckpointStore, TrainerState
+from services.trainer.config import OnScoreFailure, TrainSettings
+from services.trainer.console import RunConsole
+from services.trainer.evaluator import Evaluator
+from services.trainer.http_api import RunStatus, StatusServer
+from services.trainer.loop import LoopSettings, TrainingLoop
+from services.trainer.loss import DistillLoss
+from services.trainer.models import LoadedModel, load_model
+from services.trainer.objectives.dispatch import build_objective
+from services.trainer.prompt_files import PreparedPrompts, prepare_prompts
+from services.trainer.rollout.base import SamplingParams
+from services.trainer.rollout.transformers_engine import TransformersEngine
+from services.trainer.run_log import RunLog
+from services.trainer.step_metrics import StepMetrics
+from services.trainer.stop import StopSignal
+from services.trainer.student import Student, StudentOptimizer
+from services.trainer.teacher_client import ScoreWants, TeacherClient
+from services.trainer.training_run import TrainingRun, close_within
+from services.trainer.weights import SharedWeights
+
+_log = logging.getLogger(__name__)
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Parts:
+    """What has been opened, read and checked before anything is trained."""
+
+    settings: TrainSettings
+    stop: StopSignal
+    status: RunStatus
+    console: RunConsole
+    log: RunLog
+    store: CheckpointStore
+    checkpoint: Checkpoint | None
+    loaded: LoadedModel
+    prompts: PreparedPrompts
+    engine: TransformersEngine
+    evaluate: Callable[[int], dict[str, float]] | None
+    teacher: TeacherClient
+
+
+def assemble(settings: TrainSettings, stop: StopSignal, *, resume: bool) -> TrainingRun:
+    """A run that is ready to train; an `OpdError` or a signal here leaves nothing open."""
+    with ExitStack() as opened:
+        run = _wire(_prepare(settings, stop, opened, resume=resume))
+        run.own(opened.pop_all())
+    return run
+
+
+def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, resume: bool) -> _Parts:
+    transformers_logging.disable_progress_bar()
+    _make_deterministic(settings)
+    status, console = RunStatus(), RunConsole(Console(stderr=True))
+    log = RunLog(settings.run_dir)
+    store = CheckpointStore(settings.run_dir / CHECKPOINTS, keep_last=settings.checkpoint.keep_last)
+    checkpoint = _starting_point(log, store, resume=resume)
+    _serve_status(settings, status, opened)
+    client = _connect(settings, opened)
+    source = str(checkpoint.folder) if checkpoint else settings.student.model
+    loaded = load_model(source, device=settings.student.device)
+    prompts = prepare_prompts(settings, loaded.tokenizer)
+    if checkpoint is not None:
+        _check_continuity(checkpoint, prompts, settings)
+    engine = _engine(settings, loaded, score_top_k=settings.objective.score_top_k)
+    _check_context(settings, engine.max_context)
+    # The teacher may be long in coming, so it is met last.
+    evaluate = _evaluator(settings, loaded, log)
+    status.enter("waiting")
+    return _Parts(
+        settings=settings,
+        stop=stop,
+        status=status,
+        console=console,
+        log=log,
+        store=store,
+        checkpoint=checkpoint,
+        loaded=loaded,
+        prompts=prompts,
+        engine=engine,
+        evaluate=evaluate,
+        teacher=_meet_teacher(settings, client, loaded, console),
+    )
+
+
+def _wire(parts: _Parts) -> TrainingRun:
+    settings, loaded, log = parts.settings, parts.loaded, parts.log
+    student = Student(
+        loaded.model,
+        num_defined_ids=loaded.num_defined_ids,
+        temperature=settings.objective.student_temperature or settings.rollout.temperature,
+        row_chunk=settings.student.row_chunk,
+        gradient_checkpointing=settings.student.gradient_checkpointing,
+    )
+    optimizer = StudentOptimizer(loaded.model, settings.optim)
+    config = _public_config(settings)
+    log.create(config)
+    if parts.checkpoint is not None:
+        _restore(parts.checkpoint, optimizer, log, settings)
+    num_steps = settings.steps or parts.prompts.schedule.num_steps
+    loop = TrainingLoop(
+        _loop_settings(settings, num_steps),
+        prompts=parts.prompts.schedule,
+        engine=parts.engine,
+        teacher=parts.teacher,
+        student=student,
+        loss=DistillLoss(student, build_objective(settings.objective), settings.objective),
+        optimizer=optimizer,
+        weights=SharedWeights(parts.engine),
+        first_step=parts.checkpoint.state.step if parts.checkpoint else 0,
+        interruptible=parts.stop.interruptible,
+    )
+
+    def save(step: int) -> Path:
+        state = TrainerState(step=step, seed=settings.seed, prompts_digest=parts.prompts.digest, config=config)
+        return parts.store.save(loaded.model, loaded.tokenizer, optimizer.state_tensors(), state)
+
+    decode = _decoder(loaded.tokenizer) if settings.data.grade else None
+    return TrainingRun(
+        settings,
+        num_steps=num_steps,
+        loop=loop,
+        metrics=StepMetrics(weight=settings.objective.weight, decode=decode),
+        log=log,
+        save=save,
+        evaluate=parts.evaluate,
+        status=parts.status,
+        console=parts.console,
+        stop=parts.stop,
+    )
+
+
+def _public_config(settings: TrainSettings) -> dict[str, Any]:
+    """What is written beside the run: everything but the password of the queue's URL."""
+    config = settings.model_dump(mode="json")
+    config["teacher"]["url"] = hide_password(settings.teacher.url)
+    return config
+
+
+def _make_deterministic(settings: TrainSettings) -> None:
+    torch.manual_seed(settings.seed)
+    if settings.deterministic:
+        # cuBLAS reads this when its first handle is made.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def _starting_point(log: RunLog, store: CheckpointStore, *, resume: bool) -> Checkpoint | None:
+    """The last checkpoint of a run to go on with; refuses to write over a run that is not to be resumed."""
+    if resume:
+        checkpoint = store.latest()
+        if checkpoint is None:
+            _log.warning("run_dir=%s has no checkpoint, so the run begins at its beginning", log.run_dir)
+        return checkpoint
+    if log.has_run() or store.folders():
+        raise ConfigError(
+            f"run_dir={log.run_dir}: holds a run already; use --resume to go on with it, or another folder"
+        )
+    return None
+
+
+def _serve_status(settings: TrainSettings, status: RunStatus, opened: ExitStack) -> None:
+    if not settings.http.enabled:
+        return
+    server = StatusServer(status, host=settings.http.host, port=settings.http.port)
+    opened.callback(server.close)
+    server.start()
+    _log.info("status on http://%s:%d/v1/run", settings.http.host, server.port)
+
+
+def _connect(settings: TrainSettings, opened: ExitStack) -> SyncScoreClient:
+    teacher = settings.teacher
+    url = teacher.url or read_secret("OPD_REDIS_URL")
+    if not url:
+        raise ConfigError("teacher.url: is empty and OPD_REDIS_URL is not set; set one to redis://HOST:PORT/DB")
+    client = SyncScoreClient.connect(url, teacher=teacher.pool, tenant=teacher.tenant, patience_s=teacher.patience_s)
+    # A queue that is gone must not hold up the end of the run for its whole patience.
+    opened.callback(close_within, client.close, "score client")
+    return client
+
+
+def _meet_teacher(
+    settings: TrainSettings, client: SyncScoreClient, loaded: LoadedModel, console: RunConsole
+) -> TeacherClient:
+    wants = ScoreWants(
+        tenant=settings.teacher.tenant,
+        teacher=settings.teacher.pool,
+        score_top_k=settings.objective.score_top_k,
+        teacher_temperature=settings.objective.teacher_temperature,
+        encoding=settings.teacher.encoding,
+        batch_invariant=settings.deterministic,
+        timeout_ms=round(settings.teacher.timeout_s * 1000),
+        max_context=settings.rollout.max_prompt_tokens + settings.rollout.max_response_tokens,
+    )
+    teacher = TeacherClient(client, wants, vocabulary=loaded.vocabulary, student_name=loaded.name)
+    info = teacher.shake_hands(wait_s=settings.teacher.wait_s, on_wait=console.say)
+    _log.info("teacher %s: %s (%s, %s)", info.teacher, info.model, info.fingerprint, info.engine)
+    return teacher
+
+
+def _engine(settings: TrainSettings, loaded: LoadedModel, *, score_top_k: int | None) -> TransformersEngine:
+    return TransformersEngine(
+        loaded.model,
+        eos_token_ids=loaded.eos_token_ids,
+        num_defined_ids=loaded.num_defined_ids,
+        score_top_k=score_top_k,
+        max_slots=settings.rollout.max_slots,
+    )
+
+
+def _check_context(settings: TrainSettings, max_context: int) -> None:
+    rollout = settings.rollout
+    if rollout.max_prompt_tokens + rollout.max_response_tokens > max_context:
+        raise ConfigError(
+            f"rollout.max_prompt_tokens={rollout.max_prompt_tokens} and "
+            f"max_response_tokens={rollout.max_response_tokens} are above the student's context of {max_context} "
+            "tokens; lower one of them"
+        )
+
+
+def _check_continuity(checkpoint: Checkpoint, prompts: PreparedPrompts, settings: TrainSettings) -> None:
+    """The schedule's position means nothing for other prompts or another order."""
+    state = checkpoint.state
+    if (state.prompts_digest, state.seed) != (prompts.digest, settings.seed):
+        raise CheckpointError(
+            f"checkpoint {checkpoint.folder}: was made with other prompts or another seed than this configuration's; "
+            "give it the same data and seed, or another run_dir"
+        )
+
+
+def _restore(checkpoint: Checkpoint, optimizer: StudentOptimizer, log: RunLog, settings: TrainSettings) -> None:
+    """Puts optimizer, random generators and log back to where the checkpoint left them."""
+    state = checkpoint.state
+    optimizer.load_state_tensors(checkpoint.optimizer_tensors())
+    checkpoint.restore_random_state()
+    log.drop_after(state.step)
+    now = _public_config(settings)
+    changed = sorted(
+        name for name in now if name not in ("run_dir", "log", "http") and now[name] != state.config.get(name)
+    )
+    if changed:
+        _log.warning("the run goes on with other settings than it had: %s", ", ".join(changed))
+    log.write_event("resume", step=state.step, changed=changed)
+
+
+def _loop_settings(settings: TrainSettings, num_steps: int) -> LoopSettings:
+    rollout = settings.rollout
+    # A step that is taken again after a resume must not be answered with replies to its first attempt.
+    run = f"{re.sub(r'[^a-z0-9-]+', '-', settings.run_dir.name.lower())[:32]}-{secrets.token_hex(4)}"
+    return LoopSettings(
+        run=run,
+        num_steps=num_steps,
+        rollouts_per_prompt=rollout.rollouts_per_prompt,
+        sampling=SamplingParams(
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            max_response_tokens=rollout.max_response_tokens,
+            seed=settings.seed,
+        ),
+        seed=settings.seed,
+        max_micro_batch_tokens=settings.student.max_micro_batch_tokens,
+        aggregation=settings.objective.aggregation,
+        drops_unscored=settings.teacher.on_score_failure is OnScoreFailure.DROP,
+    )
+
+
+def _evaluator(settings: TrainSettings, loaded: LoadedModel, log: RunLog) -> Callable[[int], dict[str, float]] | None:
+    if not settings.evaluation.files:
+        return None
+    engine = _engine(settings, loaded, score_top_k=None)
+    evaluator = Evaluator(settings, loaded, engine=engine, decode=_decoder(loaded.tokenizer), log=log)
+    return evaluator.evaluate
+
+
+def _decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
+    def decode(token_ids: Sequence[int]) -> str:
+        text: str = tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
+    return decode

@@ -1,0 +1,161 @@
+"""Scored rollouts as tensors: what one forward and backward pass of the student works on.
+
+B rollouts of one micro-batch, S their longest sequence, P prompt and R response tokens of one rollout, T response
+positions of all B rollouts one after the other, K student support ids, k teacher top-k ids. Only the forward pass sees
+padding; everything a loss works on is packed, so that a mean over positions needs no mask of its own.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from opd.errors import InternalError
+from opd.types import Rollout, Scores
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredRollout:
+    """A rollout and what the teacher says of it: the unit that trains."""
+
+    rollout: Rollout
+    scores: Scores
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response tokens."""
+        return int(self.rollout.prompt_token_ids.size + self.rollout.response_token_ids.size)
+
+    @property
+    def num_response_tokens(self) -> int:
+        return int(self.rollout.response_token_ids.size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillBatch:
+    """One micro-batch. Ids are int64; log-probs float32, natural, at the temperatures they were asked for."""
+
+    rollout_ids: tuple[str, ...]
+    """[B]"""
+    input_ids_BS: Tensor
+    """Prompt and response, padded on the right with id 0."""
+    attention_mask_BS: Tensor
+    hidden_index_T: Tensor
+    """Row of the flattened [B * S] hidden states that predicts each response token."""
+    rollout_index_T: Tensor
+    """Which of the B rollouts a position belongs to."""
+    position_T: Tensor
+    """Index of a position within its response."""
+    sampled_ids_T: Tensor
+    support_ids_TK: Tensor
+    """The student's top-k at rollout time."""
+    rollout_logprobs_T: Tensor
+    """Of the sampled tokens, under the sampler actually used."""
+    student_sampled_logprobs_T: Tensor
+    """Of the sampled tokens at rollout time, over the full vocabulary."""
+    student_support_logprobs_TK: Tensor
+    """At rollout time."""
+    student_entropy_T: Tensor
+    teacher_sampled_logprobs_T: Tensor
+    teacher_support_logprobs_TK: Tensor
+    """The teacher's log-probs at `support_ids_TK`."""
+    teacher_topk_ids_Tk: Tensor
+    teacher_topk_logprobs_Tk: Tensor
+    teacher_entropy_T: Tensor
+
+    @property
+    def num_rollouts(self) -> int:
+        return len(self.rollout_ids)
+
+    @property
+    def num_positions(self) -> int:
+        """T"""
+        return self.sampled_ids_T.numel()
+
+
+def micro_batches(scored: Sequence[ScoredRollout], max_tokens: int) -> list[list[ScoredRollout]]:
+    """Splits rollouts, longest first, so that each part holds at most `max_tokens` tokens after padding.
+
+    A rollout longer than that gets a part of its own. The split depends on lengths and ids alone, never on the order
+    of arrival.
+    """
+    parts: list[list[ScoredRollout]] = []
+    longest = 0
+    for item in sorted(scored, key=lambda item: (-item.num_tokens, item.rollout.rollout_id)):
+        if not parts or (len(parts[-1]) + 1) * longest > max_tokens:
+            parts.append([])
+            longest = item.num_tokens
+        parts[-1].append(item)
+    return parts
+
+
+def build_batch(scored: Sequence[ScoredRollout], device: torch.device | str = "cpu") -> DistillBatch:
+    """Packs one part into tensors. `InternalError` when a score that was asked for is not there."""
+    input_ids_BS, attention_mask_BS, hidden_index_T = _sequences(scored)
+    rollouts = [item.rollout for item in scored]
+    lengths = [item.num_response_tokens for item in scored]
+
+    def packed(column: Callable[[ScoredRollout], NDArray[np.generic] | None], dtype: torch.dtype) -> Tensor:
+        return _packed([column(item) for item in scored], rollouts, dtype).to(device)
+
+    def floats(column: Callable[[ScoredRollout], NDArray[np.generic] | None]) -> Tensor:
+        return packed(column, torch.float32)
+
+    return DistillBatch(
+        rollout_ids=tuple(rollout.rollout_id for rollout in rollouts),
+        input_ids_BS=input_ids_BS.to(device),
+        attention_mask_BS=attention_mask_BS.to(device),
+        hidden_index_T=hidden_index_T.to(device),
+        rollout_index_T=torch.repeat_interleave(torch.arange(len(scored)), torch.tensor(lengths)).to(device),
+        position_T=torch.cat([torch.arange(length) for length in lengths]).to(device),
+        sampled_ids_T=packed(lambda item: item.rollout.response_token_ids, torch.int64),
+        support_ids_TK=packed(lambda item: item.rollout.topk_token_ids, torch.int64),
+        rollout_logprobs_T=floats(lambda item: item.rollout.rollout_logprobs),
+        student_sampled_logprobs_T=floats(lambda item: item.rollout.sampled_logprobs),
+        student_support_logprobs_TK=floats(lambda item: item.rollout.topk_logprobs),
+        student_entropy_T=floats(lambda item: item.rollout.entropy),
+        teacher_sampled_logprobs_T=floats(lambda item: item.scores.sampled_logprobs),
+        teacher_support_logprobs_TK=floats(lambda item: item.scores.candidate_logprobs),
+        teacher_topk_ids_Tk=packed(lambda item: item.scores.topk_token_ids, torch.int64),
+        teacher_topk_logprobs_Tk=floats(lambda item: item.scores.topk_logprobs),
+        teacher_entropy_T=floats(_teacher_entropy),
+    )
+
+
+def _teacher_entropy(item: ScoredRollout) -> NDArray[np.floating]:
+    """The one score a run can do without: NaN where the teacher does not supply it."""
+    if item.scores.entropy is None:
+        return np.full(item.num_response_tokens, np.nan, dtype=np.float32)
+    return item.scores.entropy
+
+
+def _sequences(scored: Sequence[ScoredRollout]) -> tuple[Tensor, Tensor, Tensor]:
+    """Padded input, attention mask, and where each response token is predicted."""
+    longest = max(item.num_tokens for item in scored)
+    input_ids_BS = torch.zeros(len(scored), longest, dtype=torch.int64)
+    attention_mask_BS = torch.zeros(len(scored), longest, dtype=torch.int64)
+    hidden_index = []
+    for row, item in enumerate(scored):
+        tokens = np.concatenate([item.rollout.prompt_token_ids, item.rollout.response_token_ids]).astype(np.int64)
+        input_ids_BS[row, : tokens.size] = torch.from_numpy(tokens)
+        attention_mask_BS[row, : tokens.size] = 1
+        # The hidden state at index i predicts token i + 1, so the last prompt token predicts the first response token.
+        first = row * longest + item.rollout.prompt_token_ids.size - 1
+        hidden_index.append(torch.arange(first, first + item.num_response_tokens))
+    return input_ids_BS, attention_mask_BS, torch.cat(hidden_index)
+
+
+def _packed(columns: Sequence[NDArray[np.generic] | None], rollouts: Sequence[Rollout], dtype: torch.dtype) -> Tensor:
+    """Joins one array per rollout along positions, after checking that each has one row per response token."""
+    arrays = []
+    for column, rollout in zip(columns, rollouts, strict=True):
+        if column is None or column.shape[0] != rollout.response_token_ids.size:
+            found = "nothing" if column is None else f"{column.shape[0]} rows"
+            raise InternalError(
+                f"rollout {rollout.rollout_id}: {found} for {rollout.response_token_ids.size} response tokens"
+            )
+        arrays.append(column)
+    return torch.from_numpy(np.concatenate(arrays)).to(dtype)

@@ -1,0 +1,198 @@
+"""Checkpoints: a folder any Hugging Face tool can load, with what the trainer needs to go on beside it.
+
+`step-000010/` holds the student (fp32 safetensors, tokenizer, generation configuration) and `trainer/` in it the
+optimizer's state, the random number generators and a JSON record. Nothing is pickled. A checkpoint is written into a
+temporary folder, flushed to disk and renamed, so what carries its final name is whole; a write that fails leaves
+everything that was there before as it was.
+"""
+
+import json
+import logging
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from opd.errors import CheckpointError
+
+_log = logging.getLogger(__name__)
+_PREFIX = "step-"
+_PARTIAL = ".partial-"
+_STATE_FILE = "trainer/state.json"
+_OPTIMIZER_FILE = "trainer/optimizer.safetensors"
+_RANDOM_FILE = "trainer/random.safetensors"
+FORMAT = 1
+"""Raised when a later version can no longer read what this one wrote."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerState:
+    """Where a run stands. Example: after 10 steps, `TrainerState(step=10, seed=0, num_prompts=64, config={...})`."""
+
+    step: int
+    """Completed optimizer steps: also the policy version, and the prompt schedule's position."""
+    seed: int
+    prompts_digest: str
+    """Identity of the prompt list that the schedule's position refers to."""
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A whole checkpoint on disk."""
+
+    folder: Path
+    state: TrainerState
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = _read(self.folder / _OPTIMIZER_FILE, load_file)
+        return tensors
+
+    def restore_random_state(self) -> None:
+        """Sets torch's, NumPy's and Python's generators to where they stood."""
+        restore_random_state(_read(self.folder / _RANDOM_FILE, load_file))
+
+
+class CheckpointStore:
+    """The checkpoints of one run, oldest first on disk by name."""
+
+    def __init__(self, folder: Path, *, keep_last: int) -> None:
+        self._folder = folder
+        self._keep_last = keep_last
+
+    def folders(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        return sorted(path for path in self._folder.glob(f"{_PREFIX}*") if (path / _STATE_FILE).is_file())
+
+    def latest(self) -> Checkpoint | None:
+        """The newest one; `CheckpointError` when its record cannot be read."""
+        folders = self.folders()
+        return Checkpoint(folder=folders[-1], state=_read(folders[-1] / _STATE_FILE, _read_state)) if folders else None
+
+    def save(self, model: Any, tokenizer: Any, optimizer_tensors: dict[str, Tensor], state: TrainerState) -> Path:
+        """Writes one and then lets go of the oldest beyond `keep_last`; returns its folder."""
+        target = self._folder / f"{_PREFIX}{state.step:06d}"
+        partial = self._folder / f"{_PARTIAL}{target.name}"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            _write(partial, model, tokenizer, optimizer_tensors, state)
+            _replace(partial, target)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(
+                f"checkpoint {target}: cannot be written ({_reason(error)}); free or mount space there and use "
+                "--resume; earlier checkpoints are untouched"
+            ) from error
+        self._forget_old()
+        return target
+
+    def _forget_old(self) -> None:
+        for folder in self.folders()[: -self._keep_last]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def random_state() -> dict[str, Tensor]:
+    """The generators' states as tensors."""
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    assert kind == "MT19937"
+    version, words, gauss = random.getstate()
+    assert version == 3
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "numpy.keys": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+        "numpy.position": torch.tensor([position, has_gauss]),
+        "numpy.gauss": torch.tensor([cached], dtype=torch.float64),
+        "python.words": torch.tensor(words, dtype=torch.int64),
+        "python.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        tensors |= {f"cuda.{index}": value for index, value in enumerate(torch.cuda.get_rng_state_all())}
+    return tensors
+
+
+def restore_random_state(tensors: dict[str, Tensor]) -> None:
+    """The way back of `random_state`; states of CUDA devices that are not here are left out."""
+    torch.set_rng_state(tensors["torch"])
+    position, has_gauss = tensors["numpy.position"].tolist()
+    keys = tensors["numpy.keys"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, position, has_gauss, tensors["numpy.gauss"].item()))
+    gauss = tensors["python.gauss"].tolist()
+    random.setstate((3, tuple(tensors["python.words"].tolist()), gauss[0] if gauss else None))
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"cuda.{index}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)
+
+
+def _write(
+    partial: Path, model: Any, tokenizer: Any, optimizer_tensors: dict[str, Tensor], state: TrainerState
+) -> None:
+    (partial / _STATE_FILE).parent.mkdir(parents=True)
+    model.save_pretrained(partial)
+    _save_tokenizer(tokenizer, partial)
+    contiguous = {name: value.cpu().contiguous() for name, value in optimizer_tensors.items()}
+    save_file(contiguous, partial / _OPTIMIZER_FILE)
+    save_file(random_state(), partial / _RANDOM_FILE)
+    # The record comes last: a folder with a record is whole.
+    record = {"format": FORMAT, "step": state.step, "seed": state.seed, "prompts_digest": state.prompts_digest}
+    (partial / _STATE_FILE).write_text(json.dumps(record | {"config": state.config}, indent=2), encoding="utf-8")
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        # The tokenizers library raises a bare Exception when the disk refuses.
+        raise OSError(str(error)) from error
+
+
+def _replace(partial: Path, target: Path) -> None:
+    """Flushes everything, then renames: after a power cut there is the whole folder or none."""
+    for path in partial.rglob("*"):
+        if path.is_file():
+            _flush(path)
+    # Only a run that went back behind this step finds one there; the newer content wins.
+    replaced = partial.with_name(f"{partial.name}-replaced")
+    if target.exists():
+        target.rename(replaced)
+    partial.rename(target)
+    _flush(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_state(path: Path) -> TrainerState:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record.pop("format") != FORMAT:
+        raise ValueError(f"is of another format than {FORMAT}")
+    return TrainerState(**record)
+
+
+def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
+    try:
+        return reader(path)
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"checkpoint {path}: cannot be read ({_reason(error)}); remove that checkpoint to go on from the one before"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__

@@ -1,0 +1,237 @@
+"""Everything a training run can be told, strict: unknown keys fail, contradictions name the field and the way out.
+
+Defaults are the paper's (Table 2) where it has one. Light: no torch, so a wrong configuration is refused at once.
+Secrets do not stand here: the queue's URL comes from `OPD_REDIS_URL` where `teacher.url` is left empty.
+"""
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from opd.settings import Settings
+from opd.types import Encoding
+from services.trainer.objectives.config import ObjectiveConfig
+from services.trainer.prompts import Overlong
+
+_NAME = re.compile(r"[a-z0-9-]{1,63}")
+
+
+def _check_name(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        raise ValueError("is not a name; use 1 to 63 of lower-case letters, digits and -")
+    return value
+
+
+def _check_top_k(value: int) -> int:
+    if value < 1 and value != -1:
+        raise ValueError("is no number of tokens; give 1 or more, or -1 for all")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
+SamplingTopK = Annotated[int, AfterValidator(_check_top_k)]
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class OnScoreFailure(StrEnum):
+    ABORT = "abort"
+    """The run ends with the error."""
+    DROP = "drop"
+    """The rollout is counted as lost and the step trains on the others."""
+
+
+class StudentSettings(Settings):
+    """The model that is trained."""
+
+    model: str
+    """Hugging Face folder (safetensors) or hub name."""
+    device: str = "auto"
+    """`auto` takes CUDA where there is one; otherwise `cpu`, `cuda` or `cuda:N`."""
+    gradient_checkpointing: bool = False
+    """Recomputes layers on the way back: less memory, about a third more time."""
+    max_micro_batch_tokens: PositiveInt = 32768
+    """Padded tokens of one forward and backward pass; the step's result does not depend on it."""
+    row_chunk: PositiveInt = 256
+    """Response positions whose logits over the whole vocabulary exist at a time."""
+
+
+class TeacherSettings(Settings):
+    """Who scores, and how long the run puts up with nobody doing so."""
+
+    pool: Name = "teacher"
+    """The pool's name; [a-z0-9-]{1,63}."""
+    tenant: Name = "default"
+    """Who asks; [a-z0-9-]{1,63}."""
+    url: str = ""
+    """redis://, rediss://, unix:// (the queue) or grpc://host:port; empty means `OPD_REDIS_URL`."""
+    encoding: Encoding = Encoding.FLOAT32
+    """How log-probs travel; computed in fp32 either way."""
+    timeout_s: PositiveFloat = 300.0
+    """Of one request, counted from its admission."""
+    wait_s: Seconds = 600.0
+    """How long the start waits for the pool's first replica."""
+    patience_s: PositiveFloat = 120.0
+    """How long a lost queue is waited for in mid-run."""
+    on_score_failure: OnScoreFailure = OnScoreFailure.ABORT
+    """What a rollout that cannot be scored does to the run: `abort` or `drop`."""
+
+
+class RolloutSettings(Settings):
+    """What is sampled from the student at each step."""
+
+    prompts_per_step: PositiveInt = 64
+    """Prompts of one optimizer step."""
+    rollouts_per_prompt: PositiveInt = 4
+    """Responses sampled for each of them."""
+    temperature: PositiveFloat = 1.0
+    """Of sampling; also of the loss unless `objective.student_temperature` says otherwise."""
+    top_p: Fraction = 1.0
+    """1 keeps every token."""
+    top_k: SamplingTopK = -1
+    """Sampling's own cut, unrelated to `objective.score_top_k`; -1 keeps every token."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Longer prompts are left out or refused, see `data.overlong`."""
+    max_response_tokens: PositiveInt = 7168
+    """A response that has not ended by then is cut off, and trains."""
+    max_slots: PositiveInt = 256
+    """Responses decoded at the same time; bounds the memory of their caches."""
+
+
+class OptimSettings(Settings):
+    """AdamW after common practice; the paper gives the learning rate alone."""
+
+    lr: PositiveFloat = 1e-6
+    """Constant after the warm-up."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Of matrices; norms and biases do not decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """The gradient is scaled down to this norm."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises linearly."""
+
+
+class CheckpointSettings(Settings):
+    """When the student is saved; the last completed step is saved whenever a run ends in order."""
+
+    every_steps: Annotated[int, Field(ge=0)] = 50
+    """0 saves at the end only."""
+    keep_last: PositiveInt = 2
+    """Older checkpoints are removed after a new one is whole."""
+
+
+class LogSettings(Settings):
+    """What people see."""
+
+    level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
+    """debug, info, warning or error."""
+    as_json: bool = False
+    """One JSON object a line on standard error."""
+
+
+class HttpSettings(Settings):
+    """The status server."""
+
+    enabled: bool = True
+    """Whether there is one."""
+    host: str = "127.0.0.1"
+    """Loopback unless a collector on another machine is to read it."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """0 takes any free port, which is logged."""
+
+
+class DataSettings(Settings):
+    """Where prompts come from and how they are put into words."""
+
+    files: tuple[str, ...] = ()
+    """Parquet or JSON-lines files in the form of the paper's sets, or names of Hugging Face data sets."""
+    split: str = "train"
+    """Of a Hugging Face data set; files have none."""
+    source_weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    """Shares of the rows' `data_source`s in the prompts of a step; unset means by their number."""
+    template: str | None = None
+    """Asks every question in this template, `dapo` or `boxed`; unset leaves prompts as they are in the file."""
+    chat_template_kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Passed on to the student's chat template, such as enable_thinking."""
+    teacher_tokenizer: str = ""
+    """Folder or hub name whose chat template puts prompts as the teacher is to see them; empty means the student's."""
+    teacher_template: str | None = None
+    """Asks the teacher in this template; unset means as the student is asked."""
+    teacher_chat_template_kwargs: dict[str, bool | int | float | str] | None = None
+    """For the teacher's view; unset means as for the student."""
+    overlong: Overlong = Overlong.FILTER
+    """What happens to prompts above `rollout.max_prompt_tokens`: `filter` or `refuse`."""
+    num_epochs: PositiveInt = 1
+    """How often each prompt is used, where `steps` does not say when to end."""
+    grade: bool = True
+    """Whether rollouts are graded where answers are known, for `outcome/accuracy`."""
+
+
+class EvaluationSettings(Settings):
+    """When and how the student's answers are graded; the paper's sampling by default."""
+
+    files: tuple[str, ...] = ()
+    """Problem files; without any there is no evaluation."""
+    before: bool = True
+    """Before the first step."""
+    after: bool = True
+    """After the last one."""
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """In between; 0 means not."""
+    num_samples: PositiveInt = 16
+    """Responses per problem."""
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    """0 is greedy."""
+    top_p: Fraction = 0.95
+    """1 keeps every token."""
+    max_response_tokens: PositiveInt = 31744
+    """Bounded by the student's context."""
+    template: str | None = None
+    """Asks every question in this template; unset leaves prompts as they are in the file."""
+
+
+class TrainSettings(Settings):
+    """One training run."""
+
+    student: StudentSettings
+    teacher: TeacherSettings = Field(default_factory=TeacherSettings)
+    data: DataSettings = Field(default_factory=DataSettings)
+    rollout: RolloutSettings = Field(default_factory=RolloutSettings)
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    optim: OptimSettings = Field(default_factory=OptimSettings)
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    log: LogSettings = Field(default_factory=LogSettings)
+    http: HttpSettings = Field(default_factory=HttpSettings)
+    run_dir: Path = Path("runs/train")
+    """Everything the run writes."""
+    seed: int = 0
+    """Of prompts, rollouts and evaluation."""
+    steps: PositiveInt | None = None
+    """Optimizer steps; unset means `data.num_epochs` over the prompts."""
+    deterministic: bool = False
+    """The same run again on the same machine: deterministic kernels, and rollouts scored one by one."""
+
+    @model_validator(mode="after")
+    def _check_across(self) -> Self:
+        if not self.data.files:
+            raise ValueError("data.files=[]: is empty; give the files that hold the prompts")
+        if self.steps is not None and self.optim.warmup_steps > self.steps:
+            raise ValueError(
+                f"optim.warmup_steps={self.optim.warmup_steps} is above steps={self.steps}, so the learning rate would "
+                "never be reached; lower it"
+            )
+        if self.evaluation.every_steps and not self.evaluation.files:
+            raise ValueError(
+                f"evaluation.every_steps={self.evaluation.every_steps} has nothing to evaluate on; set evaluation.files"
+            )
+        return self

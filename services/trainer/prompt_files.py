@@ -1,0 +1,61 @@
+"""From the `data` section of a configuration to the prompts of every step."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from services.trainer.config import DataSettings, TrainSettings
+from services.trainer.models import load_tokenizer
+from services.trainer.prompts import PromptSchedule, PromptView, TokenizedPrompt, load_problems, tokenize_problems
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedPrompts:
+    """The schedule, and what a resumed run has to find unchanged."""
+
+    schedule: PromptSchedule
+    digest: str
+    """Hash over every prompt's token ids in order: the schedule's position means nothing for other prompts."""
+
+
+def prepare_prompts(settings: TrainSettings, tokenizer: Any) -> PreparedPrompts:
+    """Reads, renders and tokenizes all files; `ConfigError` names file, row and column."""
+    data, rollout = settings.data, settings.rollout
+    problems = [problem for file in data.files for problem in load_problems(file, split=data.split)]
+    prompts = tokenize_problems(
+        problems,
+        PromptView(tokenizer=tokenizer, template=data.template, chat_template_kwargs=data.chat_template_kwargs),
+        teacher=_teacher_view(data, tokenizer),
+        max_prompt_tokens=rollout.max_prompt_tokens,
+        overlong=data.overlong,
+    )
+    schedule = PromptSchedule(
+        prompts,
+        prompts_per_step=rollout.prompts_per_step,
+        seed=settings.seed,
+        num_epochs=data.num_epochs,
+        source_weights=data.source_weights,
+    )
+    return PreparedPrompts(schedule=schedule, digest=_digest(prompts))
+
+
+def _teacher_view(data: DataSettings, tokenizer: Any) -> PromptView | None:
+    """None where the teacher is to see the student's own ids."""
+    if not data.teacher_tokenizer and data.teacher_template is None and data.teacher_chat_template_kwargs is None:
+        return None
+    kwargs = data.teacher_chat_template_kwargs
+    return PromptView(
+        tokenizer=load_tokenizer(data.teacher_tokenizer) if data.teacher_tokenizer else tokenizer,
+        template=data.teacher_template or data.template,
+        chat_template_kwargs=data.chat_template_kwargs if kwargs is None else kwargs,
+    )
+
+
+def _digest(prompts: Sequence[TokenizedPrompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        for token_ids in (prompt.prompt_token_ids, prompt.teacher_prompt_token_ids):
+            digest.update(token_ids.size.to_bytes(4, "little"))
+            digest.update(token_ids.tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,64 @@
+"""The trainer as a process: configuration, signals, exit codes. What a run is made of stands in `assembly.py`.
+
+Exit codes: 0 finished; 1 ended by an error in mid-run; 2 refused before the first step; 130 and 143 ended by SIGINT and
+SIGTERM, resumable. Every fault that is not ours is one line on standard error. Nothing heavy is imported before the
+configuration is accepted.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from opd.errors import InternalError, OpdError
+from opd.lifecycle import die_with_parent
+from opd.logs import configure_logging
+from opd.settings import load_settings
+from services.trainer.config import TrainSettings
+from services.trainer.stop import StopRequested, StopSignal
+
+_log = logging.getLogger(__name__)
+REFUSED = 2
+FAILED = 1
+
+
+def run_training(config_path: Path | None, overrides: Sequence[str], *, resume: bool) -> int:
+    """Trains as configured, or goes on from the last checkpoint of the run folder; returns the exit code."""
+    die_with_parent()
+    try:
+        settings = load_settings(TrainSettings, config_path, overrides)
+    except OpdError as error:
+        return _refuse(error, REFUSED)
+    configure_logging(settings.log.level, as_json=settings.log.as_json)
+    with StopSignal() as stop:
+        return _run(settings, stop, resume=resume)
+
+
+def _run(settings: TrainSettings, stop: StopSignal, *, resume: bool) -> int:
+    from services.trainer.assembly import assemble
+
+    try:
+        with stop.interruptible():
+            run = assemble(settings, stop, resume=resume)
+    except OpdError as error:
+        return _refuse(error, REFUSED)
+    except StopRequested as request:
+        _log.info("stopped by %s before the first step", request.signal_name)
+        return request.exit_code
+    try:
+        run.train()
+    except OpdError as error:
+        return _refuse(error, FAILED)
+    except StopRequested as request:
+        return request.exit_code
+    finally:
+        run.close()
+    return 0
+
+
+def _refuse(error: OpdError, code: int) -> int:
+    # A fault of our own needs its traceback; a user's needs its one line.
+    if isinstance(error, InternalError):
+        _log.error("internal error", exc_info=error)
+    sys.stderr.write(f"opd train: {error.message}\n")
+    return code

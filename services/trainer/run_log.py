@@ -1,0 +1,121 @@
+"""What a run leaves behind for people and tools to read: one folder with plain JSON in it.
+
+`config.json` is the resolved configuration, `metrics.jsonl` one object per optimizer step with `area/name` keys,
+`events.jsonl` what happened besides (start, warnings, checkpoints, end), `train_summary.json` the run in one object. A
+number that does not exist is an absent key. Lines are flushed as they are written; after a resume, the records of steps
+that will be taken again are dropped first.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from opd.errors import CheckpointError
+
+CONFIG_FILE = "config.json"
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
+SUMMARY_FILE = "train_summary.json"
+EVALUATIONS = "evaluations"
+_SUMMARY_STEPS = 3
+
+
+class RunLog:
+    """Writes the files of one run folder. `CheckpointError` when the disk refuses."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+
+    def create(self, config: Mapping[str, Any]) -> None:
+        """Makes the folder and writes the configuration."""
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _refused(self.run_dir, error) from error
+        self._replace(CONFIG_FILE, config)
+
+    def has_run(self) -> bool:
+        """Whether an earlier run has written steps here."""
+        path = self.run_dir / METRICS_FILE
+        return path.is_file() and path.stat().st_size > 0
+
+    def write_step(self, step: int, metrics: Mapping[str, float], arrays: Mapping[str, Sequence[float]]) -> None:
+        """Appends one step, counted from 1; a metric that is not finite is left out, an array's element is null."""
+        scalars = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        columns = {
+            name: [value if math.isfinite(value) else None for value in values] for name, values in arrays.items()
+        }
+        self._append(METRICS_FILE, {"step": step, "time": time.time()} | scalars | columns)
+
+    def write_event(self, kind: str, **fields: Any) -> None:
+        self._append(EVENTS_FILE, {"time": time.time(), "event": kind} | fields)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        self._replace(SUMMARY_FILE, summary)
+
+    def write_evaluation(self, name: str, result: Mapping[str, Any]) -> None:
+        """One evaluation in a file of its own, `evaluations/NAME.json`."""
+        try:
+            (self.run_dir / EVALUATIONS).mkdir(exist_ok=True)
+        except OSError as error:
+            raise _refused(self.run_dir / EVALUATIONS, error) from error
+        self._replace(f"{EVALUATIONS}/{name}.json", result)
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The records so far; a last line cut off by a crash is no record."""
+        return read_steps(self.run_dir)
+
+    def drop_after(self, step: int) -> None:
+        """Forgets the records of steps beyond `step`, which a resumed run takes again."""
+        kept = [record for record in self.steps() if record["step"] <= step]
+        self._write_atomically(METRICS_FILE, "".join(f"{json.dumps(record)}\n" for record in kept))
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        try:
+            with (self.run_dir / name).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            raise _refused(self.run_dir / name, error) from error
+
+    def _replace(self, name: str, content: Mapping[str, Any]) -> None:
+        self._write_atomically(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+    def _write_atomically(self, name: str, text: str) -> None:
+        path = self.run_dir / name
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        except OSError as error:
+            raise _refused(path, error) from error
+
+
+def read_steps(run_dir: Path) -> list[dict[str, Any]]:
+    """Every whole record of `metrics.jsonl`; none when there is no such file."""
+    path = run_dir / METRICS_FILE
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            # The process died while it wrote this line; the step is not in any checkpoint either.
+            break
+    return records
+
+
+def first_and_last(records: Sequence[Mapping[str, Any]], name: str) -> tuple[float | None, float | None]:
+    """Mean of a metric over the first and over the last three steps that have it; None when none has."""
+    values = [float(record[name]) for record in records if name in record]
+    if not values:
+        return None, None
+    first, last = values[:_SUMMARY_STEPS], values[-_SUMMARY_STEPS:]
+    return sum(first) / len(first), sum(last) / len(last)
+
+
+def _refused(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path}: cannot be written ({error.strerror}); free space there or choose another run_dir")

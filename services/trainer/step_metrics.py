@@ -1,0 +1,55 @@
+"""A completed step in numbers: everything `metrics.jsonl` says of it.
+
+`loss/reverse_kl` is eq 5's value over the student's support whatever the objective is, so that runs with different
+objectives can be compared; `loss/objective` is what was differentiated. All but the latter are of the weights that
+sampled.
+"""
+
+from collections.abc import Callable, Sequence
+
+from services.trainer.batch import ScoredRollout
+from services.trainer.diagnostics import StepDiagnostics, StepSummary
+from services.trainer.evaluation.grading import grade
+from services.trainer.loop import StepPrompt, StepRecord
+from services.trainer.objectives.config import SupportWeight
+
+
+class StepMetrics:
+    """Turns step records into summaries. `decode` gives the text of response ids; without it nothing is graded."""
+
+    def __init__(self, *, weight: SupportWeight, decode: Callable[[Sequence[int]], str] | None) -> None:
+        self._weight = weight
+        self._decode = decode
+
+    def summarize(self, record: StepRecord) -> StepSummary:
+        """Every metric of the step, means over positions or over rollouts."""
+        diagnostics = StepDiagnostics(weight=self._weight)
+        for item in record.scored:
+            diagnostics.add_rollout(
+                item.rollout, item.scores, is_correct=self._grade(item, record.prompts[item.rollout.group])
+            )
+        diagnostics.add_means(record.losses)
+        summary = diagnostics.summary()
+        values = summary.values | _step_values(record)
+        return StepSummary(values=values, by_position=summary.by_position)
+
+    def _grade(self, item: ScoredRollout, prompt: StepPrompt) -> bool | None:
+        if self._decode is None or prompt.answer is None or not prompt.template:
+            return None
+        return grade(prompt.template, self._decode(item.rollout.response_token_ids.tolist()), prompt.answer)
+
+
+def _step_values(record: StepRecord) -> dict[str, float]:
+    """Optimizer, counts, times and speed."""
+    timings = {f"timing/{name}": seconds for name, seconds in record.timings_s.items()}
+    num_tokens = sum(item.num_response_tokens for item in record.scored)
+    return timings | {
+        "optim/grad_norm": record.grad_norm,
+        "optim/lr": record.lr,
+        "queue/rollouts_sent": float(record.counts.sent),
+        "queue/rollouts_scored": float(record.counts.scored),
+        "queue/rollouts_lost": float(record.counts.lost),
+        "rollout/response_tokens": float(num_tokens),
+        "timing/tokens_per_second": num_tokens / record.timings_s["step"],
+        "timing/rollout_tokens_per_second": num_tokens / record.timings_s["rollout"],
+    }

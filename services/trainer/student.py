@@ -1,0 +1,182 @@
+"""The trained student: its forward pass at a few ids per position, and its optimizer.
+
+B rollouts, S their longest sequence, H hidden size, T packed response positions, K ids. Weights are the fp32 masters;
+on CUDA the transformer runs under bf16 autocast while the output head and everything after it stays in fp32. Only the
+hidden states of response positions go through the head, a chunk of rows at a time, so logits of a whole batch never
+exist. Dropout is switched off: the loss is a divergence of the distribution that was sampled.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opd.errors import CheckpointError, ConfigError
+from opd.ops import OutputHead, support_logprobs
+from services.trainer.batch import DistillBatch
+from services.trainer.config import OptimSettings
+
+_HEAD_TOLERANCE = 1e-3
+_MIN_DECAYED_DIMS = 2
+
+
+class Student:
+    """Log-probs with gradient of the model being trained."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        num_defined_ids: int,
+        temperature: float = 1.0,
+        row_chunk: int = 256,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        """`model` is a Hugging Face causal LM; `ConfigError` when its head is of a form not known here."""
+        self.model = model
+        self.num_defined_ids = num_defined_ids
+        self.temperature = temperature
+        self.row_chunk = row_chunk
+        self._gradient_checkpointing = gradient_checkpointing
+        _switch_dropout_off(model)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._check_head()
+
+    @property
+    def device(self) -> torch.device:
+        parameter: Tensor = next(self.model.parameters())
+        return parameter.device
+
+    def logprobs(self, batch: DistillBatch, ids_TK: Tensor) -> Tensor:
+        """Log-probs [T, K] with gradient at `ids_TK`, at the student temperature, normalised over all defined ids."""
+        # Recomputation of whole layers is tied to training mode in transformers; nothing else differs without dropout.
+        self.model.train(self._gradient_checkpointing)
+        hidden_BSH = self._hidden(batch.input_ids_BS, batch.attention_mask_BS)
+        hidden_TH = hidden_BSH.flatten(0, 1)[batch.hidden_index_T]
+        return support_logprobs(
+            hidden_TH,
+            output_head(self.model),
+            ids_TK,
+            num_defined_ids=self.num_defined_ids,
+            temperature=self.temperature,
+            row_chunk=self.row_chunk,
+        )
+
+    def _hidden(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+            output = self.model.base_model(
+                input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False, return_dict=True
+            )
+        hidden_BSH: Tensor = output.last_hidden_state
+        return hidden_BSH
+
+    def _check_head(self) -> None:
+        """Compares our reading of the output head with the model's own logits on a short probe."""
+        self.model.eval()
+        probe_BS = torch.arange(min(8, self.num_defined_ids), device=self.device)[None]
+        with torch.no_grad():
+            expected_TV = self.model(input_ids=probe_BS, use_cache=False).logits[0].float()
+            hidden_TH = self.model.base_model(input_ids=probe_BS, use_cache=False).last_hidden_state[0]
+            found_TV = output_head(self.model).logits(hidden_TH).float()
+        worst = (found_TV - expected_TV).abs().max().item()
+        # NaN weights compare false and are reported by the first rollout, with its name.
+        if worst > _HEAD_TOLERANCE * max(1.0, expected_TV.abs().max().item()):
+            raise ConfigError(
+                f"student.model: {type(self.model).__name__} computes logits in a way not known here (off by "
+                f"{worst:.2g}); use an architecture with a linear output head"
+            )
+
+
+def output_head(model: Any) -> OutputHead:
+    """The head of a Hugging Face causal LM, with the scale and soft-cap its configuration declares."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ConfigError(
+            f"student.model: {type(model).__name__} has no linear output head; use a causal language model"
+        )
+    config = model.config
+    scaling = getattr(config, "logits_scaling", None)
+    scale = getattr(config, "logit_scale", None) or (1.0 / scaling if scaling else 1.0)
+    return OutputHead(
+        weight_VH=head.weight,
+        bias_V=head.bias,
+        logit_scale=scale,
+        soft_cap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _switch_dropout_off(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        # Attention layers keep the rate as a number and hand it to the attention function.
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+class StudentOptimizer:
+    """AdamW with clipping and linear warm-up; matrices decay, norms and biases do not."""
+
+    def __init__(self, model: nn.Module, settings: OptimSettings) -> None:
+        self._settings = settings
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        # Decay shrinks weights towards zero, which for a norm's gain or a bias is no simpler function.
+        decayed = [(name, parameter) for name, parameter in named if parameter.dim() >= _MIN_DECAYED_DIMS]
+        others = [(name, parameter) for name, parameter in named if parameter.dim() < _MIN_DECAYED_DIMS]
+        self._named = [*decayed, *others]
+        self._adamw = torch.optim.AdamW(
+            [
+                {"params": [parameter for _, parameter in decayed], "weight_decay": settings.weight_decay},
+                {"params": [parameter for _, parameter in others], "weight_decay": 0.0},
+            ],
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+        )
+
+    def zero_grad(self) -> None:
+        self._adamw.zero_grad(set_to_none=True)
+
+    def clip(self) -> float:
+        """Scales the gradient to at most `max_grad_norm`; returns its norm before that, finite or not."""
+        parameters = [parameter for _, parameter in self._named]
+        return float(nn.utils.clip_grad_norm_(parameters, self._settings.max_grad_norm))
+
+    def step(self, step: int) -> float:
+        """Applies the gradient; returns the learning rate used at `step` (counted from 0)."""
+        warmup = self._settings.warmup_steps
+        lr = self._settings.lr * min(1.0, (step + 1) / warmup) if warmup else self._settings.lr
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self._adamw.step()
+        return lr
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything AdamW remembers, by `parameter name.slot`."""
+        return {
+            f"{name}.{slot}": value.detach()
+            for name, parameter in self._named
+            for slot, value in self._adamw.state.get(parameter, {}).items()
+        }
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over what `state_tensors` gave. `CheckpointError` when it belongs to another model."""
+        known = {name: index for index, (name, _) in enumerate(self._named)}
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            name, _, slot = key.rpartition(".")
+            if name not in known:
+                raise CheckpointError(f"optimizer state: {name} is no parameter of this student; resume with its model")
+            state.setdefault(known[name], {})[slot] = value
+        self._check_shapes(state)
+        saved = self._adamw.state_dict()
+        self._adamw.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+
+    def _check_shapes(self, state: dict[int, dict[str, Tensor]]) -> None:
+        for index, slots in state.items():
+            name, parameter = self._named[index]
+            wrong = [slot for slot, value in slots.items() if value.dim() and value.shape != parameter.shape]
+            if wrong:
+                raise CheckpointError(f"optimizer state: {name}.{wrong[0]} has another shape; resume with its model")

@@ -1,0 +1,159 @@
+"""A run from its first step to its end: what happens after each step, and what is left on disk however it ends.
+
+Order after a step: metrics line, status, checkpoint, evaluation. A run that is stopped, or fails for a reason that has
+nothing to do with its weights, saves the last completed step first, so that `--resume` loses nothing but the step under
+way.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from opd.errors import CheckpointError, NonFiniteError, OpdError
+from services.trainer.config import TrainSettings
+from services.trainer.console import RunConsole
+from services.trainer.http_api import RunStatus
+from services.trainer.loop import StepRecord, TrainingLoop
+from services.trainer.run_log import RunLog, first_and_last
+from services.trainer.step_metrics import StepMetrics
+from services.trainer.stop import StopRequested, StopSignal
+
+_log = logging.getLogger(__name__)
+_CLOSE_S = 10.0
+
+
+class TrainingRun:
+    """Drives the loop. Made by `assembly.assemble`, which hands over everything that has to be closed."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        *,
+        num_steps: int,
+        loop: TrainingLoop,
+        metrics: StepMetrics,
+        log: RunLog,
+        save: Callable[[int], Path],
+        evaluate: Callable[[int], dict[str, float]] | None,
+        status: RunStatus,
+        console: RunConsole,
+        stop: StopSignal,
+    ) -> None:
+        self._settings = settings
+        self._num_steps = num_steps
+        self._loop = loop
+        self._metrics = metrics
+        self._log = log
+        self._save_step = save
+        self._evaluate_step = evaluate
+        self._status = status
+        self._console = console
+        self._stop = stop
+        self._resources = ExitStack()
+        self._first_step = loop.step
+        self._saved_step = loop.step
+        self._begun = time.monotonic()
+        self._evaluations: list[dict[str, float]] = []
+
+    def train(self) -> None:
+        """Every step that is left, then the final checkpoint, evaluation and summary."""
+        try:
+            with self._console:
+                self._train()
+        except StopRequested as request:
+            self._console.say(f"stopped by {request.signal_name} after step {self._loop.step}; go on with --resume")
+            self._end("stopped")
+            raise
+        except OpdError as error:
+            self._log.write_event("error", code=error.code, message=error.message)
+            self._end("failed", saves=not isinstance(error, NonFiniteError | CheckpointError))
+            raise
+        self._end("finished")
+
+    def own(self, resources: ExitStack) -> None:
+        """Hands over what `close` is to close."""
+        self._resources.push(resources)
+
+    def close(self) -> None:
+        """Closes everything in the reverse order of its making."""
+        self._resources.close()
+
+    def _train(self) -> None:
+        evaluation = self._settings.evaluation
+        if evaluation.before and self._first_step == 0:
+            self._evaluate()
+        self._log.write_event("start", step=self._first_step, num_steps=self._num_steps)
+        self._status.begin(self._first_step, self._num_steps)
+        self._console.begin(self._first_step, self._num_steps)
+        self._loop.run(self._after_step)
+        self._save()
+        if evaluation.after:
+            self._evaluate()
+
+    def _after_step(self, record: StepRecord) -> None:
+        summary = self._metrics.summarize(record)
+        self._log.write_step(record.step, summary.values, summary.arrays)
+        self._status.finish_step(record.step, summary.values)
+        self._console.finish_step(record.step, self._num_steps, summary.values)
+        every = self._settings.checkpoint.every_steps
+        if every and record.step % every == 0:
+            self._save()
+        every = self._settings.evaluation.every_steps
+        if every and record.step % every == 0 and record.step < self._num_steps:
+            self._evaluate()
+
+    def _save(self) -> None:
+        """Writes the last completed step, once."""
+        step = self._loop.step
+        if step == self._saved_step:
+            return
+        folder = self._save_step(step)
+        self._saved_step = step
+        self._log.write_event("checkpoint", step=step, folder=folder.name)
+
+    def _evaluate(self) -> None:
+        if self._evaluate_step is None:
+            return
+        self._status.enter("evaluating")
+        with self._stop.interruptible():
+            results = self._evaluate_step(self._loop.step)
+        self._log.write_event("evaluation", step=self._loop.step, results=results)
+        self._evaluations.append({"step": self._loop.step} | results)
+        found = "  ".join(f"{name} {value:.4f}" for name, value in results.items())
+        self._console.say(f"evaluation after step {self._loop.step}: {found}")
+        self._status.enter("training")
+
+    def _end(self, state: str, *, saves: bool = True) -> None:
+        if saves:
+            self._save()
+        self._status.enter(state)
+        self._log.write_event("end", state=state, step=self._loop.step)
+        self._log.write_summary(self.summary(state))
+
+    def summary(self, state: str) -> dict[str, Any]:
+        """The run in one object; counts and metrics cover the steps before a resume too, seconds this process alone."""
+        records = self._log.steps()
+        counts = self._loop.counts
+        summary: dict[str, Any] = {"state": state, "steps": self._loop.step, "seed": self._settings.seed}
+        for name in ("sent", "scored", "lost"):
+            summary[f"rollouts_{name}"] = round(sum(record.get(f"queue/rollouts_{name}", 0) for record in records))
+        # Only a step that was not completed leaves rollouts that are neither scored nor lost.
+        summary["rollouts_abandoned"] = counts.sent - counts.scored - counts.lost
+        for name, metric in (("reverse_kl", "loss/reverse_kl"), ("overlap", "distill/overlap_ratio")):
+            summary[f"{name}_first"], summary[f"{name}_last"] = first_and_last(records, metric)
+        summary["evaluations"] = self._evaluations
+        summary["wall_seconds"] = time.monotonic() - self._begun
+        return summary
+
+
+def close_within(close: Callable[[], None], name: str, *, limit_s: float = _CLOSE_S) -> None:
+    """Closes what may hang when the other side is gone, without holding up the end of the process."""
+    thread = threading.Thread(target=close, name=f"close-{name}", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if thread.is_alive():
+        _log.warning("%s did not close within %.0f s and is left behind", name, limit_s)

@@ -1,0 +1,144 @@
+"""What is refused before a run starts, by the real parts, with a Redis of its own and no teacher."""
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opd.errors import CheckpointError, ConfigError, TeacherUnavailableError
+from opd.queue.embedded import EmbeddedRedis
+from opd.settings import load_settings
+from services.trainer.assembly import assemble
+from services.trainer.checkpoint import CheckpointStore, TrainerState
+from services.trainer.config import TrainSettings
+from services.trainer.run_log import RunLog
+from services.trainer.stop import StopSignal
+from services.trainer.student import StudentOptimizer
+from tests.unit.trainer.tiny_training import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A folder with `student/` and `prompts.jsonl`, and the URL of a queue."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny_model(1).save_pretrained(folder / "student")
+    tiny_tokenizer().save_pretrained(folder / "student")
+    rows = [{"prompt": [{"role": "user", "content": f"w{2 + i}"}], "data_source": "tiny"} for i in range(8)]
+    (folder / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    with EmbeddedRedis(folder / "redis") as redis:
+        yield folder, redis.url
+
+
+def refuse(world: tuple[Path, str], run_dir: Path, *overrides: str, resume: bool = False) -> Any:
+    folder, url = world
+    settings = load_settings(
+        TrainSettings,
+        None,
+        [
+            f"student.model={folder / 'student'}",
+            f'data.files=["{folder / "prompts.jsonl"}"]',
+            f"teacher.url={url}",
+            "teacher.wait_s=0",
+            f"run_dir={run_dir}",
+            "rollout.prompts_per_step=2",
+            "rollout.max_prompt_tokens=20",
+            "rollout.max_response_tokens=16",
+            "objective.score_top_k=6",
+            *overrides,
+        ],
+    )
+    before = threading.active_count()
+    try:
+        assemble(settings, StopSignal(), resume=resume)
+    finally:
+        assert threading.active_count() == before
+
+
+def test_a_student_folder_that_is_not_there(world: tuple[Path, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"^model {tmp_path}/nothing: no such folder"):
+        refuse(world, tmp_path / "run", f"student.model={tmp_path}/nothing")
+
+
+def test_a_student_with_broken_weights(world: tuple[Path, str], tmp_path: Path) -> None:
+    tiny_model(1).save_pretrained(tmp_path / "broken")
+    tiny_tokenizer().save_pretrained(tmp_path / "broken")
+    (tmp_path / "broken/model.safetensors").write_bytes(b"\x00" * 64)
+    with pytest.raises(ConfigError, match=r"model\.safetensors is broken"):
+        refuse(world, tmp_path / "run", f"student.model={tmp_path}/broken")
+
+
+def test_a_prompt_file_that_is_not_there(world: tuple[Path, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no\.jsonl: no such file"):
+        refuse(world, tmp_path / "run", f'data.files=["{tmp_path}/no.jsonl"]')
+
+
+def test_a_context_too_small_for_the_run(world: tuple[Path, str], tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"^rollout\.max_prompt_tokens=20 and max_response_tokens=109 are above the student's context of 128",
+    ):
+        refuse(world, tmp_path / "run", "rollout.max_response_tokens=109")
+
+
+def test_evaluation_without_answers_is_refused_before_training(world: tuple[Path, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^evaluation\.files: row 0 of .*prompts\.jsonl has no answer"):
+        refuse(world, tmp_path / "run", f'evaluation.files=["{world[0] / "prompts.jsonl"}"]')
+
+
+def test_no_queue_at_all(world: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPD_REDIS_URL", raising=False)
+    with pytest.raises(ConfigError, match=r"^teacher\.url: is empty and OPD_REDIS_URL is not set"):
+        refuse(world, tmp_path / "run", "teacher.url=''")
+
+
+def test_the_queue_may_come_from_the_environment(
+    world: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPD_REDIS_URL", world[1])
+    with pytest.raises(TeacherUnavailableError, match=r"^teacher pool teacher: no replica within 0 s"):
+        refuse(world, tmp_path / "run", "teacher.url=''")
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_folder_that_holds_a_run(world: tuple[Path, str], tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "run")
+    log.create({})
+    log.write_step(1, {}, {})
+    with pytest.raises(ConfigError, match=rf"^run_dir={tmp_path}/run: holds a run already; use --resume"):
+        refuse(world, tmp_path / "run")
+
+
+def save(run_dir: Path, **changes: Any) -> None:
+    model = tiny_model(1)
+    state = {"step": 2, "seed": 0, "prompts_digest": "other", "config": {}} | changes
+    tensors = StudentOptimizer(model, load_settings(TrainSettings, None, ["student.model=x", 'data.files=["x"]']).optim)
+    CheckpointStore(run_dir / "checkpoints", keep_last=1).save(
+        model, tiny_tokenizer(), tensors.state_tensors(), TrainerState(**state)
+    )
+
+
+def test_a_checkpoint_that_cannot_be_read(world: tuple[Path, str], tmp_path: Path) -> None:
+    save(tmp_path / "run")
+    (tmp_path / "run/checkpoints/step-000002/trainer/state.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"state\.json: cannot be read"):
+        refuse(world, tmp_path / "run", resume=True)
+
+
+def test_a_status_port_that_is_taken(world: tuple[Path, str], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"^http\.port={port}: 127\.0\.0\.1 cannot listen there"):
+            refuse(world, tmp_path / "run", f"http.port={port}")
+
+
+@pytest.mark.parametrize("change", [{}, {"seed": 1}], ids=["prompts", "seed"])
+def test_a_checkpoint_of_other_prompts_or_another_seed(
+    world: tuple[Path, str], tmp_path: Path, change: dict[str, int]
+) -> None:
+    save(tmp_path / "run", **change)
+    with pytest.raises(CheckpointError, match=r"step-000002: was made with other prompts or another seed"):
+        refuse(world, tmp_path / "run", resume=True)

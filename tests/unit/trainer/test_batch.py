@@ -1,0 +1,110 @@
+"""Packing and splitting of scored rollouts."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opd.errors import InternalError
+from opd.types import FinishReason, Rollout, Scores
+from services.trainer.batch import ScoredRollout, build_batch, micro_batches
+
+
+def scored(name: str, prompt: list[int], response: list[int], k: int = 2) -> ScoredRollout:
+    """Every number tells where it belongs: response token i of rollout `name` carries 10 * i plus its column."""
+    num = len(response)
+    table = np.arange(num, dtype=np.float32)[:, None] * 10 + np.arange(k, dtype=np.float32)
+    ids = (np.arange(num)[:, None] + np.arange(k)).astype(np.int32)
+    rollout = Rollout(
+        rollout_id=name,
+        group=0,
+        prompt_token_ids=np.array(prompt, np.int32),
+        response_token_ids=np.array(response, np.int32),
+        finish_reason=FinishReason.STOP,
+        rollout_logprobs=-table[:, 0] - 1,
+        topk_token_ids=ids,
+        topk_logprobs=-table - 2,
+        sampled_logprobs=-table[:, 0] - 3,
+        entropy=table[:, 0] + 4,
+        policy_version=0,
+    )
+    scores = Scores(
+        sampled_logprobs=-table[:, 0] - 5,
+        candidate_logprobs=-table - 6,
+        topk_token_ids=ids + 1,
+        topk_logprobs=-table - 7,
+        entropy=table[:, 0] + 8,
+    )
+    return ScoredRollout(rollout=rollout, scores=scores)
+
+
+def test_sequences_are_padded_on_the_right_and_positions_packed() -> None:
+    batch = build_batch([scored("a", [5, 6, 7], [8, 9]), scored("b", [3], [4])])
+    assert batch.input_ids_BS.tolist() == [[5, 6, 7, 8, 9], [3, 4, 0, 0, 0]]
+    assert batch.attention_mask_BS.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert batch.sampled_ids_T.tolist() == [8, 9, 4]
+    assert batch.rollout_index_T.tolist() == [0, 0, 1]
+    assert batch.position_T.tolist() == [0, 1, 0]
+    assert (batch.num_rollouts, batch.num_positions) == (2, 3)
+
+
+def test_each_position_points_at_the_token_before_it() -> None:
+    batch = build_batch([scored("a", [5, 6, 7], [8, 9]), scored("b", [3], [4])])
+    before = batch.input_ids_BS.flatten()[batch.hidden_index_T]
+    assert before.tolist() == [7, 8, 3]
+
+
+def test_every_column_keeps_its_rows() -> None:
+    batch = build_batch([scored("a", [5], [8, 9]), scored("b", [3], [4])])
+    steps = torch.tensor([0.0, 10.0, 0.0])
+    assert torch.equal(batch.rollout_logprobs_T, -steps - 1)
+    assert torch.equal(batch.student_support_logprobs_TK, -torch.stack([steps, steps + 1], 1) - 2)
+    assert torch.equal(batch.student_sampled_logprobs_T, -steps - 3)
+    assert torch.equal(batch.student_entropy_T, steps + 4)
+    assert torch.equal(batch.teacher_sampled_logprobs_T, -steps - 5)
+    assert torch.equal(batch.teacher_support_logprobs_TK, -torch.stack([steps, steps + 1], 1) - 6)
+    assert torch.equal(batch.teacher_topk_logprobs_Tk, -torch.stack([steps, steps + 1], 1) - 7)
+    assert torch.equal(batch.teacher_entropy_T, steps + 8)
+    assert batch.support_ids_TK.tolist() == [[0, 1], [1, 2], [0, 1]]
+    assert batch.teacher_topk_ids_Tk.tolist() == [[1, 2], [2, 3], [1, 2]]
+
+
+def test_a_teacher_without_entropy_leaves_nan_and_never_zero() -> None:
+    item = scored("a", [5], [8, 9])
+    silent = dataclasses.replace(item, scores=dataclasses.replace(item.scores, entropy=None))
+    assert build_batch([silent]).teacher_entropy_T.isnan().all()
+
+
+def test_a_missing_score_is_named() -> None:
+    item = scored("a", [5], [8, 9])
+    broken = dataclasses.replace(item, scores=dataclasses.replace(item.scores, sampled_logprobs=None))
+    with pytest.raises(InternalError, match=r"^rollout a: nothing for 2 response tokens$"):
+        build_batch([broken])
+    short = dataclasses.replace(item, scores=dataclasses.replace(item.scores, topk_logprobs=np.zeros((1, 2))))
+    with pytest.raises(InternalError, match=r"^rollout a: 1 rows for 2 response tokens$"):
+        build_batch([short])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), min_size=1, max_size=12),
+    max_tokens=st.integers(1, 120),
+    shuffle=st.randoms(use_true_random=False),
+)
+def test_micro_batches_hold_everything_once_within_the_budget(
+    lengths: list[tuple[int, int]], max_tokens: int, shuffle: object
+) -> None:
+    items = [scored(f"r{index}", [2] * prompt, [3] * response) for index, (prompt, response) in enumerate(lengths)]
+    parts = micro_batches(items, max_tokens)
+    names = [[item.rollout.rollout_id for item in part] for part in parts]
+    assert sorted(name for part in names for name in part) == sorted(item.rollout.rollout_id for item in items)
+    for part in parts:
+        padded = max(item.num_tokens for item in part) * len(part)
+        assert padded <= max_tokens or len(part) == 1
+    reordered = list(items)
+    shuffle.shuffle(reordered)  # type: ignore[attr-defined]
+    again = [[item.rollout.rollout_id for item in part] for part in micro_batches(reordered, max_tokens)]
+    assert again == names

@@ -1,0 +1,98 @@
+"""A step in numbers, against plain sums."""
+
+import dataclasses
+import math
+
+import pytest
+
+from services.trainer.batch import ScoredRollout
+from services.trainer.diagnostics import Mean
+from services.trainer.loop import Counts, StepRecord
+from services.trainer.objectives.config import ObjectiveConfig, SupportWeight
+from services.trainer.step_metrics import StepMetrics
+from tests.unit.trainer.test_batch import scored
+from tests.unit.trainer.tiny_training import Setup, TinyPrompt, reverse_kl
+
+NEEDED = {
+    *("distill/overlap_ratio", "distill/overlap_advantage", "distill/overlap_advantage_sum"),
+    *("distill/entropy_student", "distill/entropy_teacher", "distill/entropy_gap"),
+    *("distill/overlap_mass_student", "distill/overlap_mass_teacher", "distill/mass99_overlap"),
+    *("distill/extreme_prob_gap", "distill/empty_overlap_fraction"),
+    *("loss/reverse_kl", "loss/objective", "optim/grad_norm", "optim/lr"),
+    *("rollout/response_length", "rollout/truncated_fraction", "rollout/sampled_reverse_kl"),
+    *("queue/rollouts_sent", "queue/rollouts_scored", "queue/rollouts_lost"),
+    *("timing/rollout", "timing/score_wait", "timing/forward_backward", "timing/optimizer", "timing/publish"),
+    *("timing/step", "timing/tokens_per_second"),
+}
+
+
+@pytest.fixture(scope="module")
+def step() -> StepRecord:
+    """With an objective whose own loss is not eq 5."""
+    objective = ObjectiveConfig(score_top_k=6, kind="sampled_token")
+    return Setup(num_steps=1, objective=objective).loop().run_step()
+
+
+def test_every_metric_of_the_contract_is_there(step: StepRecord) -> None:
+    summary = StepMetrics(weight=SupportWeight.STUDENT, decode=None).summarize(step)
+    assert set(summary.values) >= NEEDED
+    assert "outcome/accuracy" not in summary.values
+    assert all(math.isfinite(value) for value in summary.values.values())
+    assert sum(summary.arrays["distill/overlap_ratio/by_position/count"]) == num_positions(step.scored)
+
+
+def num_positions(items: object) -> int:
+    return sum(item.num_response_tokens for item in items)  # type: ignore[attr-defined]
+
+
+def test_reverse_kl_is_eq_5_whatever_is_trained(step: StepRecord) -> None:
+    values = StepMetrics(weight=SupportWeight.STUDENT, decode=None).summarize(step).values
+    by_hand = [
+        reverse_kl(student, teacher)
+        for item in step.scored
+        for student, teacher in zip(item.rollout.topk_logprobs, item.scores.candidate_logprobs, strict=True)
+    ]
+    assert values["loss/reverse_kl"] == pytest.approx(math.fsum(by_hand) / len(by_hand), rel=1e-6)
+    gaps = [
+        float(student) - float(teacher)
+        for item in step.scored
+        for student, teacher in zip(item.rollout.sampled_logprobs, item.scores.sampled_logprobs, strict=True)
+    ]
+    assert values["rollout/sampled_reverse_kl"] == pytest.approx(math.fsum(gaps) / len(gaps), rel=1e-6)
+
+
+def record(items: list[ScoredRollout], prompts: list[TinyPrompt]) -> StepRecord:
+    return StepRecord(
+        step=1,
+        prompts=prompts,
+        scored=items,
+        counts=Counts(sent=4, scored=3, lost=1),
+        losses={"loss/objective": Mean(total=6.0, count=4.0)},
+        grad_norm=2.5,
+        lr=0.125,
+        timings_s={"rollout": 2.0, "step": 4.0},
+    )
+
+
+def test_counts_speed_and_optimizer_are_passed_on() -> None:
+    items = [scored("a", [5], [8, 9, 1]), scored("b", [5], [8])]
+    prompt = TinyPrompt(prompt_token_ids=items[0].rollout.prompt_token_ids, teacher_prompt_token_ids=None)
+    values = StepMetrics(weight=SupportWeight.STUDENT, decode=None).summarize(record(items, [prompt])).values
+    assert (values["queue/rollouts_sent"], values["queue/rollouts_scored"], values["queue/rollouts_lost"]) == (4, 3, 1)
+    assert (values["optim/grad_norm"], values["optim/lr"], values["loss/objective"]) == (2.5, 0.125, 1.5)
+    assert (values["timing/tokens_per_second"], values["timing/rollout_tokens_per_second"]) == (1.0, 2.0)
+
+
+def test_rollouts_are_graded_where_the_answer_is_known() -> None:
+    texts = {8: "It is 42.\nAnswer: 42", 9: "Answer: 41", 7: "Answer: 42"}
+    items = [scored(name, [5], [token]) for name, token in (("a", 8), ("b", 9), ("c", 7))]
+    items = [
+        dataclasses.replace(item, rollout=dataclasses.replace(item.rollout, group=group))
+        for group, item in enumerate(items)
+    ]
+    ids = items[0].rollout.prompt_token_ids
+    known = TinyPrompt(prompt_token_ids=ids, teacher_prompt_token_ids=ids, template="dapo", answer="42")
+    unknown = dataclasses.replace(known, answer=None)
+    metrics = StepMetrics(weight=SupportWeight.STUDENT, decode=lambda token_ids: texts[token_ids[0]])
+    values = metrics.summarize(record(items, [known, known, unknown])).values
+    assert values["outcome/accuracy"] == 0.5
