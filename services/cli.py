@@ -1,0 +1,167 @@
+"""The `opd` command: one entry for both services and the tools around them.
+
+A subcommand imports its service only when it runs, so that `--help` answers at once and the teacher's machine needs
+nothing of the trainer's. A fault of the user's is one line on standard error and exit code 2, never a traceback.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from opd.errors import ConfigError, OpdError
+
+app = typer.Typer(help="On-policy distillation as services.", no_args_is_help=True, add_completion=False)
+teacher_app = typer.Typer(help="The teacher service.", no_args_is_help=True)
+pool_app = typer.Typer(help="A pool of teachers as its queue shows it.", no_args_is_help=True)
+dead_app = typer.Typer(help="Requests that were put aside after several failures.", no_args_is_help=True)
+app.add_typer(teacher_app, name="teacher")
+app.add_typer(pool_app, name="pool")
+pool_app.add_typer(dead_app, name="dead")
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Dotted overrides, e.g. optim.lr=3e-4.", show_default=False)
+]
+RedisOption = Annotated[str, typer.Option("--redis-url", envvar="OPD_REDIS_URL", help="redis:// or unix:// URL.")]
+TeacherOption = Annotated[str, typer.Option("--teacher", help="The pool's name.")]
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(help="Seed of prompts, rollouts and evaluation.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; default: as configured.")] = None,
+    run_dir: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/demo"),
+    redis_url: Annotated[
+        str | None,
+        typer.Option(
+            envvar="OPD_REDIS_URL", help="Use this Redis and the teacher that serves it, instead of starting both."
+        ),
+    ] = None,
+    teacher: Annotated[
+        str, typer.Option(help="Bundled teacher: teacher-post, teacher-big or teacher-other.")
+    ] = "teacher-post",
+) -> None:
+    """Distils the bundled student from a bundled teacher through the queue and prints one table."""
+    from testbed.demo import run_demo
+
+    raise typer.Exit(run_demo(seed=seed, steps=steps, run_dir=run_dir, redis_url=redis_url, teacher=teacher))
+
+
+@teacher_app.command("serve")
+def teacher_serve(
+    overrides: Overrides = None,
+    config: ConfigOption = None,
+    ready_file: Annotated[
+        Path | None, typer.Option(help="Written once the teacher is ready: ports, pid, fingerprint.")
+    ] = None,
+) -> None:
+    """Serves a teacher over gRPC, HTTP and, with redis_url=..., the queue."""
+    from services.teacher_server.server import run_teacher
+
+    raise typer.Exit(run_teacher(config, overrides or [], ready_file))
+
+
+@pool_app.command("serve")
+def pool_serve(overrides: Overrides = None, config: ConfigOption = None) -> None:
+    """Serves the pool's state over HTTP, also while no teacher runs: what an autoscaler reads."""
+    from services.teacher_server.pool import run_pool
+
+    raise typer.Exit(run_pool(config, overrides or []))
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    config: ConfigOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of run_dir.")] = False,
+) -> None:
+    """Distils a student from a teacher pool."""
+    from services.trainer.run import run_training
+
+    raise typer.Exit(run_training(config, overrides or [], resume=resume))
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Model folders or hub names.", show_default=False)],
+    data: Annotated[
+        list[str], typer.Option("--data", help="Problem set: .parquet, .jsonl or a data set's name; may be repeated.")
+    ],
+    num_samples: Annotated[int, typer.Option(help="Responses per problem.")] = 16,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="1 keeps every token.")] = 0.95,
+    max_response_tokens: Annotated[int, typer.Option(help="Bounded by the model's context.")] = 31744,
+    max_problems: Annotated[int | None, typer.Option(help="Only the first of each set.")] = None,
+    template: Annotated[str | None, typer.Option(help="Ask in this template: dapo or boxed.")] = None,
+    before: Annotated[str | None, typer.Option(help="The model before training, for gap recovery.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="The teacher, for gap recovery.")] = None,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
+    cache: Annotated[Path | None, typer.Option(help="Folder of graded samples: goes on where it stopped.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
+) -> None:
+    """Grades models on problem sets: avg@n, pass@n, gap recovery; the paper's sampling by default."""
+    from rich.console import Console
+
+    from services.trainer.evaluation.command import evaluate_command
+    from services.trainer.rollout.base import SamplingParams
+
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, max_response_tokens=max_response_tokens, seed=seed)
+    evaluate_command(
+        models, data, sampling=sampling, num_samples=num_samples, template=template, max_problems=max_problems,
+        before=before, teacher=teacher, device=device, cache_folder=cache, output=output, console=Console(),
+    )  # fmt: skip
+
+
+@app.command()
+def score(
+    prompt: Annotated[str, typer.Argument(help="What the user says.")],
+    response: Annotated[str, typer.Argument(help="The response to score.")],
+    url: Annotated[str, typer.Option(envvar="OPD_REDIS_URL", help="redis://, unix:// or grpc://host:port.")],
+    tokenizer: Annotated[str, typer.Option(help="Folder or hub name of the teacher's tokenizer.")],
+    teacher: Annotated[str, typer.Option(help="The pool's name.")] = "teacher",
+    tenant: Annotated[str, typer.Option(help="Who asks.")] = "default",
+    top_k: Annotated[int, typer.Option(help="How many of the teacher's choices to show.")] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """Asks a pool what it thinks of one response, token by token."""
+    from services.score_command import score_text
+
+    score_text(
+        url=url, teacher=teacher, tenant=tenant, tokenizer=tokenizer, prompt=prompt, response=response,
+        top_k=top_k, as_json=as_json,
+    )  # fmt: skip
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, one or several side by side.")],
+    output: Annotated[Path | None, typer.Option(help="HTML file; default: report.html in the first run.")] = None,
+) -> None:
+    """Draws the paper's figures for one run or several."""
+    from services.trainer.report import write_report
+
+    target = output or runs[0] / "report.html"
+    write_report(runs, target)
+    typer.echo(f"wrote {target}")
+
+
+def main() -> None:
+    """Runs the command; every error of the tree is one line and an exit code."""
+    try:
+        app()
+    except ConfigError as error:
+        _fail(error, 2)
+    except OpdError as error:
+        _fail(error, 1)
+
+
+def _fail(error: OpdError, code: int) -> None:
+    sys.stderr.write(f"opd: {error.message}\n")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
