@@ -85,7 +85,7 @@ POST_PURPOSE = "student-base post-trained on verified answers of its own samplin
 FULL = Scale(
     members=_members(
         base=Schedule(updates=2000, learning_rate=2.5e-3),
-        big=Schedule(updates=900, learning_rate=2.5e-3),
+        big=Schedule(updates=1400, learning_rate=2.5e-3),
         other=Schedule(updates=1800, learning_rate=2.5e-3),
     ),
     rounds=Rounds(),

@@ -62,6 +62,10 @@ async def requeue_dead(connection: QueueConnection, pool: str, tenant: str, dead
     )
     if answer == b"gone":
         raise _unknown(pool, tenant, dead_id)
+    if answer == b"queued":
+        raise InvalidRequestError(
+            f"dead letter {dead_id} of tenant {tenant}: its trainer has submitted it again; wait for its answer"
+        )
     return str(answer.decode())
 
 

@@ -6,6 +6,7 @@ Nothing here decides anything about a request. Errors become a status, the messa
 
 import asyncio
 import logging
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn, TypeVar
 
@@ -91,17 +92,16 @@ class GrpcServer:
         await self._server.stop(grace_s)
 
     def _bind(self) -> int:
-        settings = self._settings
+        host, port = self._settings.host, self._settings.port
         try:
-            port = int(self._server.add_insecure_port(f"{settings.host}:{settings.port}"))
-        except RuntimeError:
-            port = 0
-        if not port:
+            # Tried by ourselves first: gRPC would write its own lines beside ours.
+            socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+            return int(self._server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}"))
+        except (OSError, RuntimeError) as error:
             raise ConfigError(
-                f"grpc.port={settings.port}: cannot listen on {settings.host}, the port is taken or the host is not "
-                "ours; choose another, or 0 for a free one"
-            )
-        return port
+                f"grpc.port={port}: cannot listen on {host} ({getattr(error, 'strerror', None) or error}); choose "
+                "another, or 0 for a free one"
+            ) from None
 
     def _show(self, is_ready: bool) -> None:
         task = asyncio.get_running_loop().create_task(self._set_health(_SERVING if is_ready else _NOT_SERVING))

@@ -58,6 +58,16 @@ async def test_nobody_completes_what_was_never_taken(bench: Any) -> None:
     assert await bench.probe("r.0.0") == ["pending"]
 
 
+async def test_an_entry_that_the_books_no_longer_name_answers_nothing(bench: Any) -> None:
+    await bench.submit("r.0.0")
+    (item,) = await bench.take()
+    field = "00000000000000aa/r.0.0"
+    bench.redis.hset(bench.keys.entry("math"), field, "99999999999999-0 100")
+    assert await bench.complete(item) == "withdrawn"
+    assert bench.reply("r.0.0") is None
+    assert bench.redis.hget(bench.keys.entry("math"), field) == b"99999999999999-0 100"
+
+
 async def test_for_a_trainer_that_is_gone_no_reply_is_kept(bench: Any) -> None:
     await bench.submit("r.0.0")
     (item,) = await bench.take()

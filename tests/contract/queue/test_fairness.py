@@ -68,6 +68,14 @@ async def test_idle_tenants_save_up_nothing(bench: Any) -> None:
     assert served["lazy"] == pytest.approx(served["hog"], abs=200)
 
 
+async def test_what_an_emptied_tenant_was_granted_lapses(bench: Any) -> None:
+    bench.redis.hset(bench.keys.limits, "weight:heavy", 50)
+    await fill(bench, "heavy", [100])
+    await fill(bench, "other", [100] * 20)
+    await bench.take(budget=300)
+    assert float(bench.redis.hget(bench.keys.deficits, "heavy")) == 0.0
+
+
 async def test_entries_far_above_the_quantum_are_reached_without_many_rounds(bench: Any) -> None:
     await fill(bench, "whale", [1_000_000] * 3)
     await fill(bench, "other", [1_000_000] * 3)

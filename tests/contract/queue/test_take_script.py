@@ -135,6 +135,18 @@ async def test_requeued_dead_letters_are_scored_even_without_their_trainer(bench
     assert await bench.run("requeue", "math", dead_id, 60_000) == b"gone"
 
 
+async def test_a_dead_letter_that_was_submitted_again_is_not_put_back_beside_it(bench: Any) -> None:
+    await bench.submit("r.0.0")
+    await bench.take("one", max_deliveries=1)
+    bench.lapse()
+    await bench.take("two", max_deliveries=1)
+    ((dead_id, _),) = bench.redis.xrange(bench.keys.dead("math"))
+    bench.redis.delete(bench.keys.reply("math", "00000000000000aa", "r.0.0"))
+    assert (await bench.submit("r.0.0"))[0] == "accepted"
+    assert await bench.run("requeue", "math", dead_id, 60_000) == b"queued"
+    assert bench.in_flight() == {"tokens": 100, "entries": 1}
+
+
 async def test_requests_of_a_trainer_that_is_gone_are_dropped(bench: Any) -> None:
     other = "00000000000000bb"
     bench.beat(incarnation=other)
