@@ -22,8 +22,7 @@ from rich.table import Table
 from opd.errors import ConfigError
 from services.trainer.evaluation.estimates import gap_recovery
 from services.trainer.report import write_report
-from services.trainer.rollout.base import SamplingParams
-from testbed.scores import PAPER, TEMPERATURE_ONE, Score, evaluate
+from testbed.scores import PAPER, TEMPERATURE_ONE, Score, evaluate_all
 from testbed.stack import DATA, MODELS, Stack, connected, launched, train
 
 CONFIG = Path(__file__).with_name("demo.toml")
@@ -64,20 +63,15 @@ def distil(
 ) -> dict[str, Any]:
     """Trains `student` on `teacher` through a queue and returns the summary, which is written too."""
     begun = time.monotonic()
-    cache = run_dir.parent / "cache"
-
-    def score(model: Path, sampling: SamplingParams) -> Score:
-        return evaluate(model, HELD_OUT, sampling, cache=cache, console=console)
-
     stack_of = connected(run_dir, redis_url, teacher) if redis_url else launched(run_dir, teacher)
     with stack_of as stack:
         console.print(f"distilling [bold]{student}[/] from [bold]{teacher}[/], seed {seed}")
         train(stack, overrides(stack, student, seed, steps, run_dir), CONFIG)
     trained = latest_checkpoint(run_dir)
-    scores = {
-        name: [score(folder, sampling) for sampling in (TEMPERATURE_ONE, PAPER)]
-        for name, folder in (("before", MODELS / student), ("after", trained), ("teacher", MODELS / teacher))
-    }
+    folders = {"before": MODELS / student, "after": trained, "teacher": MODELS / teacher}
+    jobs = [(folder, sampling) for folder in folders.values() for sampling in (TEMPERATURE_ONE, PAPER)]
+    found = evaluate_all(jobs, HELD_OUT, cache=run_dir.parent / "cache", console=console)
+    scores = dict(zip(folders, zip(found[::2], found[1::2], strict=True), strict=True))
     summary = summarize(run_dir, scores, seed=seed, wall_seconds=time.monotonic() - begun)
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     write_report([run_dir], run_dir / "report.html")
@@ -102,7 +96,9 @@ def latest_checkpoint(run_dir: Path) -> Path:
     return max((run_dir / "checkpoints").glob("step-*"), key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def summarize(run_dir: Path, scores: dict[str, list[Score]], *, seed: int, wall_seconds: float) -> dict[str, Any]:
+def summarize(
+    run_dir: Path, scores: dict[str, tuple[Score, Score]], *, seed: int, wall_seconds: float
+) -> dict[str, Any]:
     """One flat object: accuracies at temperature 1 (and, suffixed _t07, at the paper's sampling), recovery, metrics."""
     training = json.loads((run_dir / "train_summary.json").read_text(encoding="utf-8"))
     before, after, teacher = (scores[name][0] for name in ("before", "after", "teacher"))

@@ -7,12 +7,17 @@ changes with any of them, and then the model is evaluated again.
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from opd.lifecycle import DIE_WITH_PARENT, die_with_parent
 from services.trainer.evaluation.command import evaluate_command
 from services.trainer.rollout.base import SamplingParams
 
@@ -43,23 +48,54 @@ PAPER = SamplingParams(temperature=0.7, top_p=0.95, max_response_tokens=_MAX_RES
 """The sampling of the paper's evaluations."""
 
 
-def evaluate(model: Path, data: Path, sampling: SamplingParams, *, cache: Path, console: Console | None) -> Score:
-    """The score of a model folder, from `testbed/scores` where it is known; samples are kept in `cache`."""
-    known = SCORES / f"{key(model, data, sampling)}.json"
-    if known.is_file():
-        return _score(json.loads(known.read_text(encoding="utf-8")))
-    return _score(_evaluate(model, data, sampling, cache, console))
+def evaluate_all(
+    jobs: Sequence[tuple[Path, SamplingParams]], data: Path, *, cache: Path, console: Console
+) -> list[Score]:
+    """The scores of (model folder, sampling) pairs: known ones are read, the others sampled side by side.
+
+    Each evaluation has a process and a core of its own; graded samples are kept in `cache`.
+    """
+    unknown = [job for job in jobs if not _known_file(*job, data).is_file()]
+    results = dict(_sampled(unknown, data, cache, console))
+    for job in jobs:
+        if job not in results:
+            results[job] = json.loads(_known_file(*job, data).read_text(encoding="utf-8"))
+    return [_score(results[job]) for job in jobs]
 
 
-def remember(model: Path, data: Path, sampling: SamplingParams, *, cache: Path, console: Console | None) -> None:
-    """Evaluates a bundled model and keeps its score in `testbed/scores`."""
-    result = _evaluate(model, data, sampling, cache, console)
+def _sampled(
+    jobs: Sequence[tuple[Path, SamplingParams]], data: Path, cache: Path, console: Console
+) -> Iterator[tuple[tuple[Path, SamplingParams], dict[str, Any]]]:
+    """Evaluates every job and gives each result as soon as it and those before it are there."""
+    if not jobs:
+        return
+    names = ", ".join(sorted({model.name for model, _ in jobs}))
+    with _workers(len(jobs)) as pool, console.status(f"evaluating {names}, {NUM_PROBLEMS} problems x {NUM_SAMPLES}"):
+        futures = {job: pool.submit(_evaluate, *job, data, cache, None) for job in jobs}
+        for job, future in futures.items():
+            yield job, future.result()
+
+
+def _workers(num_jobs: int) -> ProcessPoolExecutor:
+    """Processes that end with this one. Started afresh, since a fork would inherit the tensor library's threads."""
+    os.environ |= {DIE_WITH_PARENT: str(os.getpid()), "OMP_NUM_THREADS": "1"}
+    num_workers = min(num_jobs, os.cpu_count() or 1)
+    return ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=die_with_parent)
+
+
+def _known_file(model: Path, sampling: SamplingParams, data: Path) -> Path:
+    return SCORES / f"{key(model, sampling, data)}.json"
+
+
+def remember(models: Sequence[Path], data: Path, *, cache: Path, console: Console) -> None:
+    """Evaluates models under both samplings and keeps their scores in `testbed/scores`."""
+    jobs = [(model, sampling) for model in models for sampling in (TEMPERATURE_ONE, PAPER)]
     SCORES.mkdir(exist_ok=True)
-    path = SCORES / f"{key(model, data, sampling)}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for job, result in _sampled([job for job in jobs if not _known_file(*job, data).is_file()], data, cache, console):
+        _known_file(*job, data).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def key(model: Path, data: Path, sampling: SamplingParams) -> str:
+def key(model: Path, sampling: SamplingParams, data: Path) -> str:
     """Hash of everything that decides the score: weights, tokenizer, problems, sampling, seed."""
     digest = hashlib.sha256()
     for path in (*sorted(model.glob("*.safetensors")), model / "tokenizer.json", model / "config.json", data):
@@ -69,7 +105,7 @@ def key(model: Path, data: Path, sampling: SamplingParams) -> str:
 
 
 def _evaluate(
-    model: Path, data: Path, sampling: SamplingParams, cache: Path, console: Console | None
+    model: Path, sampling: SamplingParams, data: Path, cache: Path, console: Console | None
 ) -> dict[str, Any]:
     report = evaluate_command(
         [str(model)],
