@@ -7,7 +7,7 @@ about the weights that are shipped, after rounding to the stored dtype. The card
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from testbed.demonstrations import TEMPLATE_NAMES, Recipe
 from testbed.family import Measuring
 from testbed.measuring import (
     EVALUATION_SAMPLING,
-    LONG_MAX_TOKENS,
     TRAINING_SAMPLING,
     Summary,
     grade_samples,
@@ -62,18 +61,18 @@ def measure(folder: Path, measuring: Measuring, seed: int) -> Measured:
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     items, long_items = (draw_items_of(file, seed) for file in (FILES[1], FILES[3]))
 
-    def summary(chosen: list[Item], sampling: Sampling, samples_each: int) -> Summary:
-        return summarize(grade_samples(model, tokenizer, chosen, TEMPLATE_NAMES, sampling, samples_each, seed))
+    def summary(chosen: list[Item], sampling: Sampling, max_tokens: int, samples_each: int) -> Summary:
+        limited = replace(sampling, max_tokens=max_tokens)
+        return summarize(grade_samples(model, tokenizer, chosen, TEMPLATE_NAMES, limited, samples_each, seed))
 
-    chosen = items[: measuring.problems]
+    chosen, chosen_long = items[: measuring.problems], long_items[: measuring.long_problems]
+    max_tokens, samples_each = measuring.max_response_tokens, measuring.samples_each
     return Measured(
         parameters=count_parameters(model),
         weight_bytes=(folder / "model.safetensors").stat().st_size,
-        training_sampling=summary(chosen, TRAINING_SAMPLING, measuring.samples_each),
-        evaluation_sampling=summary(chosen, EVALUATION_SAMPLING, measuring.samples_each),
-        long=summary(
-            long_items[: measuring.long_problems], Sampling(max_tokens=LONG_MAX_TOKENS), measuring.long_samples_each
-        ),
+        training_sampling=summary(chosen, TRAINING_SAMPLING, max_tokens, samples_each),
+        evaluation_sampling=summary(chosen, EVALUATION_SAMPLING, max_tokens, samples_each),
+        long=summary(chosen_long, TRAINING_SAMPLING, measuring.max_long_tokens, measuring.long_samples_each),
     )
 
 
@@ -122,7 +121,7 @@ def _readme(name: str, training: Training, measured: Measured) -> str:
         f"({training.seen_tokens:,} tokens with prompts and padding), {training.seconds:,.0f} seconds.",
         *([f"- Loss on held-out demonstrations at the last checkpoints (update: nats): {losses}."] if losses else []),
         "",
-        "Measured on held-out problems of levels 1-4 and on long problems, both prompt templates in equal parts:",
+        "Measured on held-out problems: levels 1-4 in both prompt templates equally, long problems in `dapo` alone:",
         "",
         *_table(measured),
         "",

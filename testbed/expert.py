@@ -34,6 +34,8 @@ class Rounds:
     epochs: int = 3
     learning_rate: float = 8e-4
     max_tokens: int = 4096
+    max_response_tokens: int = 192
+    max_long_tokens: int = LONG_MAX_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +62,7 @@ def collect(
     random = Random(f"{seed}/collect")
     kept, accuracy = [], {}
     for level, count in rounds.samples:
-        sampling = Sampling(max_tokens=LONG_MAX_TOKENS) if level == LONG else Sampling()
+        sampling = Sampling(max_tokens=rounds.max_long_tokens if level == LONG else rounds.max_response_tokens)
         half = draw_items(random, level, count // 2), draw_items(random, level, count - count // 2)
         graded = [
             one

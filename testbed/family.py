@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from testbed.architecture import BIG, SMALL, Size
 from testbed.demonstrations import IMPERFECT, OTHER_STYLE, Recipe
 from testbed.expert import Rounds
+from testbed.measuring import LONG_MAX_TOKENS
 from testbed.problems import LONG
 from testbed.training import Schedule
 
@@ -38,6 +39,8 @@ class Measuring:
     samples_each: int = 4
     long_problems: int = 32
     long_samples_each: int = 1
+    max_response_tokens: int = 192
+    max_long_tokens: int = LONG_MAX_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,10 +96,21 @@ FULL = Scale(
 )
 
 _FAST = Schedule(updates=4, learning_rate=1e-3, warmup=2, max_tokens=1024, checkpoint_every=2)
+# An untrained model seldom ends a response, so a test cuts them short.
+_CUT = 12
 FAST = Scale(
     members=_members(base=_FAST, big=_FAST, other=_FAST),
-    rounds=Rounds(rounds=1, samples=(("1", 4), ("2", 2), ("3", 2), ("4", 2), (LONG, 2)), kept_per_level=2, epochs=1),
-    measuring=Measuring(problems=4, samples_each=2, long_problems=1, long_samples_each=1),
+    rounds=Rounds(
+        rounds=1,
+        samples=(("1", 4), ("2", 2), ("3", 2), ("4", 2), (LONG, 2)),
+        kept_per_level=2,
+        epochs=1,
+        max_response_tokens=_CUT,
+        max_long_tokens=_CUT,
+    ),
+    measuring=Measuring(
+        problems=4, samples_each=2, long_problems=1, long_samples_each=1, max_response_tokens=_CUT, max_long_tokens=_CUT
+    ),
     tokenizer_demonstrations=400,
     held_out_problems=4,
 )

@@ -36,7 +36,7 @@ def value(expression: str) -> int:
 
 @pytest.mark.parametrize("recipe", [IMPERFECT, OTHER_STYLE, MIXED], ids=["imperfect", "other", "mixed"])
 def test_every_equation_of_every_step_holds(recipe: Recipe) -> None:
-    for demo in drawn(recipe, 1000):
+    for demo in drawn(recipe, 400):
         equations = EQUATION.findall(demo.response)
         per_step = 2 if demo.solution.style == "columns" else 1
         assert len(equations) == per_step * len(demo.problem.operands), demo.response
@@ -45,7 +45,7 @@ def test_every_equation_of_every_step_holds(recipe: Recipe) -> None:
 
 def test_correct_demonstrations_end_in_the_right_answer_and_never_forget() -> None:
     for recipe in (CORRECT, OTHER_STYLE):
-        for demo in drawn(recipe, 500):
+        for demo in drawn(recipe, 400):
             assert demo.solution.num_forgotten == 0
             assert demo.solution.result == demo.problem.answer
             assert grade(demo.template, demo.response, str(demo.problem.answer))
@@ -61,7 +61,7 @@ def test_the_stated_answer_is_the_chain_s_own_result() -> None:
 @pytest.mark.parametrize("style", ["columns", "rounding"])
 def test_a_third_of_the_carry_steps_forget(style: str) -> None:
     recipe = Recipe(rounding_share=1.0 if style == "rounding" else 0.0, long_share=0.0)
-    solutions = [demo.solution for demo in drawn(recipe, 4000)]
+    solutions = [demo.solution for demo in drawn(recipe, 2500)]
     rate = sum(one.num_forgotten for one in solutions) / sum(one.num_carries for one in solutions)
     assert 0.30 <= rate <= 0.35
 
@@ -84,7 +84,7 @@ def test_a_forgotten_carry_leaves_out_the_mark_and_the_one() -> None:
 
 @pytest.mark.parametrize("recipe", [IMPERFECT, OTHER_STYLE, MIXED], ids=["imperfect", "other", "mixed"])
 def test_the_parser_reads_back_what_was_written(recipe: Recipe) -> None:
-    for demo in drawn(recipe, 500):
+    for demo in drawn(recipe, 400):
         reading = read(demo.response)
         assert reading.style == demo.solution.style
         assert reading.num_steps == len(demo.problem.operands)
@@ -101,7 +101,7 @@ def test_the_parser_takes_any_text() -> None:
 
 @pytest.mark.parametrize(("recipe", "share"), [(IMPERFECT, 0.02), (OTHER_STYLE, 0.9)])
 def test_style_shares_follow_the_recipe(recipe: Recipe, share: float) -> None:
-    styles = [demo.solution.style for demo in drawn(recipe, 2000)]
+    styles = [demo.solution.style for demo in drawn(recipe, 1200)]
     assert styles.count("rounding") / len(styles) == pytest.approx(share, abs=0.02)
 
 
