@@ -24,7 +24,7 @@ ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted overrides, e.g. optim.lr=3e-4.", show_default=False)
 ]
-RedisOption = Annotated[str, typer.Option("--redis-url", envvar="OPD_REDIS_URL", help="redis:// or unix:// URL.")]
+RedisOption = Annotated[str | None, typer.Option(help="redis:// or unix:// URL; default: OPD_REDIS_URL.")]
 TeacherOption = Annotated[str, typer.Option("--teacher", help="The pool's name.")]
 
 
@@ -69,6 +69,61 @@ def pool_serve(overrides: Overrides = None, config: ConfigOption = None) -> None
     from services.teacher_server.pool import run_pool
 
     raise typer.Exit(run_pool(config, overrides or []))
+
+
+@pool_app.command("promote")
+def pool_promote(
+    name: Annotated[str, typer.Argument(help="The teacher's name, as trainers ask for it.")],
+    pool: Annotated[str, typer.Argument(help="name@fingerprint of the pool that is to serve it.")],
+    redis_url: RedisOption = None,
+) -> None:
+    """Lets a teacher's name lead to another pool: trainers follow at their next step."""
+    from services.teacher_server.pool import promote
+
+    before = promote(redis_url, name, pool)
+    typer.echo(f"{name} is now served by {pool} (before: {before or name})")
+
+
+@dead_app.command("list")
+def dead_list(teacher: TeacherOption = "teacher", redis_url: RedisOption = None) -> None:
+    """Lists them by tenant, oldest first."""
+    from services.teacher_server.pool import dead_letters
+
+    letters = dead_letters(redis_url, teacher)
+    for letter in letters:
+        typer.echo(
+            f"{letter.tenant} {letter.dead_id} {letter.rollout_id} {letter.num_tokens} tokens, "
+            f"{letter.num_deliveries} deliveries, last to {letter.last_replica}"
+        )
+    typer.echo(f"{len(letters)} dead letters in {teacher}")
+
+
+@dead_app.command("show")
+def dead_show(
+    tenant: Annotated[str, typer.Argument(help="Whose it is.")],
+    dead_id: Annotated[str, typer.Argument(help="As `list` shows it.")],
+    teacher: TeacherOption = "teacher",
+    redis_url: RedisOption = None,
+) -> None:
+    """Shows one with its request."""
+    from services.teacher_server.pool import dead_letter
+
+    letter, request = dead_letter(redis_url, teacher, tenant, dead_id)
+    typer.echo(letter)
+    typer.echo(request)
+
+
+@dead_app.command("requeue")
+def dead_requeue(
+    tenant: Annotated[str, typer.Argument(help="Whose it is.")],
+    dead_id: Annotated[str, typer.Argument(help="As `list` shows it.")],
+    teacher: TeacherOption = "teacher",
+    redis_url: RedisOption = None,
+) -> None:
+    """Puts one back into the queue."""
+    from services.teacher_server.pool import requeue_dead_letter
+
+    typer.echo(f"requeued as entry {requeue_dead_letter(redis_url, teacher, tenant, dead_id)}")
 
 
 @app.command()
