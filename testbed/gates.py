@@ -124,3 +124,12 @@ def _run(name: str, seed: int, work_dir: Path, console: Console) -> Run:
         first = json.loads(next(lines))
     masses = (first["distill/overlap_mass_student"], first["distill/overlap_mass_teacher"])
     return summary | {"overlap_mass_first": mean(masses)}
+
+
+def main() -> None:
+    """`python -m testbed.gates`: takes an hour or two on a laptop; finished runs in `runs/gates` are kept."""
+    run_gates(Path("runs/gates"), Console(stderr=True))
+
+
+if __name__ == "__main__":
+    main()
