@@ -3,7 +3,7 @@
 Shapes: P prompt tokens, R response tokens, K candidate ids per position, k teacher top-k. Arrays are NumPy, token ids
 int32, log-probs float32 and natural; index i is the log-prob of response token i given everything before it. A value
 that was not computed is NaN, never 0.0 (which would mean probability 1). Records are checked where they enter the
-system (`opd.checks`), not here, so that building one is free.
+system (a request by the teacher that is to score it), not here, so that building one is free.
 """
 
 from dataclasses import dataclass, field

@@ -24,8 +24,9 @@ def build(
     seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads of the tensor library; 0 leaves its default.")] = 0,
     fast: Annotated[bool, typer.Option("--fast", help="A tiny number of updates, to test the build itself.")] = False,
+    gates: Annotated[bool, typer.Option(help="End with the distillations that judge the family.")] = True,
 ) -> None:
-    """Train the testbed's models, measure them and write their cards."""
+    """Train the testbed's models, measure them, write their cards and judge the family by its gates."""
     import torch
 
     from testbed.datasets import write_files
@@ -46,6 +47,11 @@ def build(
 
         scale = FAST if fast else FULL
         run_stages(Build(work=work_dir, models=models_dir, seed=seed, scale=scale, report=report), only)
+    # The gates distil the bundled models, so they say nothing of a family that was built elsewhere or in part.
+    if gates and only is None and not fast and models_dir == HERE / "models":
+        from testbed.gates import main as run_gates
+
+        run_gates()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from testbed.demo import distil
+from testbed.demo import HELD_OUT, distil
+from testbed.scores import remember
+from testbed.stack import MODELS
 
 SEEDS = (0, 1, 2)
 PAIRS = {
@@ -128,7 +130,10 @@ def _run(name: str, seed: int, work_dir: Path, console: Console) -> Run:
 
 def main() -> None:
     """`python -m testbed.gates`: takes an hour or two on a laptop; finished runs in `runs/gates` are kept."""
-    run_gates(Path("runs/gates"), Console(stderr=True))
+    console = Console(stderr=True)
+    models = sorted(path for path in MODELS.iterdir() if path.is_dir())
+    remember(models, HELD_OUT, cache=Path("runs/cache"), console=console)
+    run_gates(Path("runs/gates"), console)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,10 @@ from redis import Redis
 
 from opd.queue.embedded import EmbeddedRedis
 
+# Before torch is imported, and for every process that a test starts: threads that wait for each other on few busy cores
+# cost many times what they gain (docs/decisions/0003-threads-on-few-cores.md).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 MakeRedis = Callable[..., EmbeddedRedis]
 
 
