@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from opd.errors import InternalError, OpdError
+from opd.errors import InternalError
 from opd.queue.embedded import EmbeddedRedis
 from testbed.processes import Child, Processes
 
@@ -26,12 +26,6 @@ class Stack:
     redis_url: str
     pool: str
     processes: Processes
-
-
-class ChildError(OpdError, RuntimeError):
-    """A child process ended with an error; its own last line is the message."""
-
-    code = "child"
 
 
 @contextmanager
@@ -73,4 +67,6 @@ def train(stack: Stack, overrides: Sequence[str], config: Path) -> None:
     )
     code = trainer.process.wait()
     if code != 0:
-        raise ChildError(f"the trainer ended with code {code}; what it said stands above, its run is in the run folder")
+        raise InternalError(
+            f"the trainer ended with code {code}; what it said stands above, its run is in the run folder"
+        )
