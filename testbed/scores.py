@@ -37,7 +37,6 @@ class Score:
     low: float
     high: float
     accuracy_by_problem: tuple[float, ...]
-    by_level: dict[str, float]
 
 
 TEMPERATURE_ONE = SamplingParams(
@@ -71,7 +70,7 @@ def _sampled(
         return
     names = ", ".join(sorted({model.name for model, _ in jobs}))
     with _workers(len(jobs)) as pool, console.status(f"evaluating {names}, {NUM_PROBLEMS} problems x {NUM_SAMPLES}"):
-        futures = {job: pool.submit(_evaluate, *job, data, cache, None) for job in jobs}
+        futures = {job: pool.submit(_evaluate, *job, data, cache) for job in jobs}
         for job, future in futures.items():
             yield job, future.result()
 
@@ -104,9 +103,7 @@ def key(model: Path, sampling: SamplingParams, data: Path) -> str:
     return digest.hexdigest()[:24]
 
 
-def _evaluate(
-    model: Path, sampling: SamplingParams, data: Path, cache: Path, console: Console | None
-) -> dict[str, Any]:
+def _evaluate(model: Path, sampling: SamplingParams, data: Path, cache: Path) -> dict[str, Any]:
     report = evaluate_command(
         [str(model)],
         [str(data)],
@@ -115,7 +112,6 @@ def _evaluate(
         max_problems=NUM_PROBLEMS,
         device="cpu",
         cache_folder=cache,
-        console=console,
     )
     result: dict[str, Any] = report["results"][0]
     return result
@@ -128,5 +124,4 @@ def _score(result: dict[str, Any]) -> Score:
         low=accuracy["low"],
         high=accuracy["high"],
         accuracy_by_problem=tuple(result["accuracy_by_problem"]),
-        by_level={level: part["accuracy"]["value"] for level, part in result["by_level"].items()},
     )
