@@ -1,4 +1,4 @@
-"""The demo's launcher leaves nothing behind: on Ctrl-C, on SIGTERM, on the death of a child, on its own sudden death."""
+"""The launcher of the demo leaves nothing behind: on Ctrl-C, SIGTERM, a dead child, its own sudden death."""
 
 import json
 import os
