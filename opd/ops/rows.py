@@ -123,7 +123,8 @@ def _statistics(logits_CV: Tensor, query: _Query, rows: slice) -> RowStatistics:
     """One chunk of C rows over the defined ids."""
     wide_CV = logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
     tempered_CV = wide_CV if query.temperature == 1.0 else wide_CV / query.temperature
-    normalizer_C, entropy_C = row_moments(tempered_CV)
+    moments = row_moments(tempered_CV)
+    normalizer_C = moments.normalizer_C
     finite_C = normalizer_C.isfinite()
     sampled_C = candidates_CK = ids_Ck = topk_Ck = None
     if query.sampled_ids_T is not None:
@@ -131,7 +132,7 @@ def _statistics(logits_CV: Tensor, query: _Query, rows: slice) -> RowStatistics:
     if query.candidate_ids_TK is not None:
         candidates_CK = logprobs_at(tempered_CV, normalizer_C, query.candidate_ids_TK[rows])
     if query.score_top_k:
-        ids_Ck, _ = top_k_stable(tempered_CV, query.score_top_k)
+        ids_Ck, _ = top_k_stable(tempered_CV, query.score_top_k, moments.group_maxima_CG)
         topk_Ck = logprobs_at(tempered_CV, normalizer_C, ids_Ck)
         ids_Ck = ids_Ck.masked_fill(~finite_C.unsqueeze(-1), PAD_ID)
     return RowStatistics(
@@ -141,7 +142,7 @@ def _statistics(logits_CV: Tensor, query: _Query, rows: slice) -> RowStatistics:
         candidate_logprobs_TK=candidates_CK,
         topk_ids_Tk=ids_Ck,
         topk_logprobs_Tk=topk_Ck,
-        entropy_T=entropy_C if query.wants_entropy else None,
+        entropy_T=moments.entropy_C if query.wants_entropy else None,
     )
 
 

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from opd.errors import InvalidRequestError
+from opd.ops.moments import GROUP
 
-_GROUP = 64
-"""Columns of a group. Measured at 32,000 and 151,936 columns: 32 is slower in the first stage, 128 in the second."""
 _MIN_GROUPS_PER_KEPT = 4
 """Below this the chosen groups are most of the row."""
 
 
-def top_k_stable(values_TV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_k_stable(values_TV: Tensor, k: int, group_maxima_TG: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Returns ids [T, k] (int64) and values [T, k] (fp32), largest first, ties to the lower id, ranked in fp32.
+
+    `group_maxima_TG` are those of `row_moments`, where they are known already.
 
     What a row with NaN gets means nothing and may be V itself. Raises `InvalidRequestError` unless 1 <= k <= V.
     """
@@ -28,27 +29,27 @@ def top_k_stable(values_TV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if not 1 <= k <= num_columns:
         raise InvalidRequestError(f"score_top_k={k} is outside 1..{num_columns}, the number of ids: choose one inside")
     ranked_TV = values_TV.float()
-    if num_columns // (_GROUP * k) < _MIN_GROUPS_PER_KEPT:
+    if num_columns // (GROUP * k) < _MIN_GROUPS_PER_KEPT:
         return _ranked(ranked_TV, k)
-    return _ranked_in_two_stages(ranked_TV, k)
+    return _ranked_in_two_stages(ranked_TV, k, None if group_maxima_TG is None else group_maxima_TG.float())
 
 
-def _ranked_in_two_stages(values_TV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _ranked_in_two_stages(values_TV: Tensor, k: int, group_maxima_TG: Tensor | None) -> tuple[Tensor, Tensor]:
     num_rows, num_columns = values_TV.shape
-    num_groups = num_columns // _GROUP
-    grouped_TGg = values_TV[:, : num_groups * _GROUP].reshape(num_rows, num_groups, _GROUP)
+    num_groups = num_columns // GROUP
+    grouped_TGg = values_TV[:, : num_groups * GROUP].reshape(num_rows, num_groups, GROUP)
     # The columns that fill no group are ranked with the chosen ones; being last, they lose their ties as they should.
-    rest_TR = values_TV[:, num_groups * _GROUP :]
-    best_Tk, _ = _ranked(grouped_TGg.amax(dim=-1), k)
+    rest_TR = values_TV[:, num_groups * GROUP :]
+    best_Tk, _ = _ranked(grouped_TGg.amax(dim=-1) if group_maxima_TG is None else group_maxima_TG, k)
     # In the order of their columns, so that a place among the chosen says which of two equals is the lower. A row with
     # NaN may name a group that does not exist.
     chosen_Tk = best_Tk.sort(dim=-1).values.clamp_max(num_groups - 1)
-    kept_Tkg = grouped_TGg.gather(1, chosen_Tk.unsqueeze(-1).expand(-1, -1, _GROUP))
+    kept_Tkg = grouped_TGg.gather(1, chosen_Tk.unsqueeze(-1).expand(-1, -1, GROUP))
     places_Tk, kept_Tk = _ranked(torch.cat([kept_Tkg.flatten(1), rest_TR], dim=-1), k)
-    columns_g = torch.arange(_GROUP, device=values_TV.device)
-    columns_R = torch.arange(num_groups * _GROUP, num_columns, device=values_TV.device)
+    columns_g = torch.arange(GROUP, device=values_TV.device)
+    columns_R = torch.arange(num_groups * GROUP, num_columns, device=values_TV.device)
     ids_Tc = torch.cat(
-        [(chosen_Tk.unsqueeze(-1) * _GROUP + columns_g).flatten(1), columns_R.expand(num_rows, -1)], dim=-1
+        [(chosen_Tk.unsqueeze(-1) * GROUP + columns_g).flatten(1), columns_R.expand(num_rows, -1)], dim=-1
     )
     return ids_Tc.gather(-1, places_Tk.clamp_max(ids_Tc.shape[-1] - 1)), kept_Tk
 
