@@ -11,7 +11,7 @@ cost T x T and the fast kernels.
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,10 @@ from torch import Tensor
 import opd
 from opd.errors import NonFiniteError, OpdError
 from opd.ops import RowStatistics, score_rows
-from opd.types import PAD_ID, Capability, Floats, ScoreRequest, Scores, TeacherInfo
+from opd.types import PAD_ID, Capability, Floats, ScoreRequest, Scores, SharedHead, TeacherInfo
 from services.teacher_server.engines import model_folder
 from services.teacher_server.engines.base import ForwardObserver, ForwardReport
+from services.teacher_server.engines.shared_head import share_head
 from services.teacher_server.engines.sub_batches import pad_right, plan_sub_batches
 from services.teacher_server.engines.transformers_model import LoadedModel, load_model
 
@@ -43,6 +44,7 @@ class EngineLimits:
     max_candidates: int = 256
     max_score_top_k: int = 256
     max_message_bytes: int = 64 << 20
+    serves_hidden_states: bool = False
 
 
 class TransformersEngine:
@@ -61,7 +63,10 @@ class TransformersEngine:
         self._model = model
         self._limits = limits
         self._observe = observe
+        self._shared_head = share_head(model.head) if limits.serves_hidden_states else None
         self._info = _describe(model, teacher=teacher, name=name, fingerprint=fingerprint, limits=limits)
+        if self._shared_head is not None:
+            self._info = _with_hidden_states(self._info, model, self._shared_head)
 
     def info(self) -> TeacherInfo:
         """The handshake."""
@@ -75,9 +80,15 @@ class TransformersEngine:
             outcomes |= dict(zip(indices, self._score_together(together), strict=True))
         return [outcomes[index] for index in range(len(requests))]
 
+    def output_head(self) -> SharedHead:
+        """The head's bytes, shared with the model where they lie on the host."""
+        assert self._shared_head is not None
+        return self._shared_head
+
     def close(self) -> None:
         """Gives the model's memory back."""
         del self._model
+        self._shared_head = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -133,7 +144,10 @@ class TransformersEngine:
                 f"rollout {request.rollout_id}: the teacher's logits are NaN or infinite at {int((~finite_S).sum())} "
                 f"of {finite_S.size} scored positions, first at {rows_S[np.argmin(finite_S)]}; no score is exact there"
             )
-        return _to_scores(statistics, rows_S, num_response)
+        scores = _to_scores(statistics, rows_S, num_response)
+        if not request.wants_hidden_states:
+            return scores
+        return replace(scores, hidden_states=_spread(hidden_TH[positions_S], rows_S, num_response))
 
 
 def load_engine(
@@ -184,6 +198,18 @@ def _describe(model: LoadedModel, *, teacher: str, name: str, fingerprint: str, 
         max_message_bytes=limits.max_message_bytes,
         capabilities=CAPABILITIES,
         version=opd.__version__,
+    )
+
+
+def _with_hidden_states(info: TeacherInfo, model: LoadedModel, shared: SharedHead) -> TeacherInfo:
+    """What one needs to make logits of hidden states; `check_head` has compared just this with the model's own."""
+    return replace(
+        info,
+        capabilities=info.capabilities | {Capability.HIDDEN_STATES},
+        hidden_size=shared.shape[1],
+        output_head_hash=shared.sha256,
+        logit_scale=model.head.logit_scale,
+        logit_softcap=model.head.soft_cap,
     )
 
 
