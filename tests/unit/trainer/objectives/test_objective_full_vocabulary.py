@@ -51,7 +51,7 @@ def test_positions_that_do_not_train_reach_neither_loss_nor_gradient(make_models
     assert output.num_positions == 5 and torch.isfinite(output.loss_sum)
     with pytest.raises(NonFiniteError, match="reverse KL over the vocabulary at position 2 of the micro-batch is nan"):
         FullVocabularyObjective()(dataclasses.replace(inputs, full_reverse_kl_T=broken))
-    with pytest.raises(InternalError, match="needs LossInputs.full_reverse_kl_T"):
+    with pytest.raises(InternalError, match=r"needs LossInputs\.full_reverse_kl_T"):
         FullVocabularyObjective()(dataclasses.replace(inputs, full_reverse_kl_T=None))
 
 
