@@ -21,17 +21,19 @@ here (over gRPC) or in the queue client, and nowhere above.
 import asyncio
 import logging
 import threading
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
-from opd.errors import ConfigError, InvalidRequestError, OpdError, QueueUnavailableError
+from opd.errors import ConfigError, InvalidRequestError, OpdError, QueueUnavailableError, UnsupportedError
+from opd.head_cache import DEFAULT_FOLDER, HeadCache
 from opd.queue.connection import QueueConnection, hide_password
 from opd.queue.pools import read_info, resolve_pool
 from opd.queue.score_client import ClientRules, ClientStats, QueueScoreClient
 from opd.retry import RetryRules, retry
-from opd.types import ScoreReply, ScoreRequest, TeacherInfo
+from opd.types import OutputHeadFile, ScoreReply, ScoreRequest, TeacherInfo
 from opd.wire.messages import decode_info, decode_reply, encode_request
 
 _log = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ class _Transport(Protocol):
     async def open(self) -> None: ...
     async def score(self, request: ScoreRequest) -> ScoreReply: ...
     async def info(self) -> TeacherInfo: ...
+    async def output_head(self, folder: Path) -> OutputHeadFile: ...
     async def close(self) -> None: ...
 
 
@@ -110,6 +113,14 @@ class ScoreClient:
         """
         return await self._transport.info()
 
+    async def output_head(self, folder: Path = DEFAULT_FOLDER) -> OutputHeadFile:
+        """The teacher's output head, verified, from the cache in `folder` or over gRPC; a cut download goes on.
+
+        Raises UnsupportedError over the queue or where hidden states are not served, PermissionDeniedError without
+        the right, and ConfigError when the folder cannot be written.
+        """
+        return await self._transport.output_head(folder)
+
 
 class _QueueTransport:
     """Requests as bodies of the queue."""
@@ -134,6 +145,11 @@ class _QueueTransport:
             raise
 
     async def score(self, request: ScoreRequest) -> ScoreReply:
+        if request.wants_hidden_states:
+            raise UnsupportedError(
+                f"rollout {request.rollout_id}: wants_hidden_states=True, and hidden states never go through the "
+                "queue; connect to a grpc:// address of the teacher"
+            )
         reply = await self._opened().score(
             rollout_id=request.rollout_id,
             num_tokens=request.num_tokens,
@@ -147,6 +163,9 @@ class _QueueTransport:
         if pool != self._pool and self._opened().num_open == 0:
             await self._move(pool)
         return decode_info(await read_info(self._connection, self._pool))
+
+    async def output_head(self, folder: Path) -> OutputHeadFile:
+        raise UnsupportedError("output head: is not in the queue; connect to a grpc:// address of the teacher")
 
     async def close(self) -> None:
         client, self._client = self._client, None
@@ -191,12 +210,7 @@ class _GrpcTransport:
     async def score(self, request: ScoreRequest) -> ScoreReply:
         self.stats.sent += 1
         try:
-            reply = await retry(
-                lambda: self._client.score(request),
-                rules=self._rules,
-                is_retryable=_is_retryable,
-                on_failure=self._count_retry,
-            )
+            reply = await self._patiently(lambda: self._client.score(request))
         except OpdError:
             self.stats.failed += 1
             raise
@@ -206,8 +220,20 @@ class _GrpcTransport:
     async def info(self) -> TeacherInfo:
         return await self._client.info()
 
+    async def output_head(self, folder: Path) -> OutputHeadFile:
+        cache = HeadCache(folder)
+
+        async def fetch() -> OutputHeadFile:
+            # Asked again each time: the pool may have moved on to other weights while this one was cut off.
+            return await cache.fetch(await self._client.info(), self._client.output_head)
+
+        return await self._patiently(fetch)
+
     async def close(self) -> None:
         await self._client.close()
+
+    async def _patiently(self, operation: Callable[[], Awaitable[_T]]) -> _T:
+        return await retry(operation, rules=self._rules, is_retryable=_is_retryable, on_failure=self._count_retry)
 
     def _count_retry(self, error: Exception) -> None:
         self.stats.resubmitted += 1
@@ -251,6 +277,10 @@ class SyncScoreClient:
     def info(self) -> TeacherInfo:
         """As `ScoreClient.info`."""
         return self._run(self._client.info()).result()
+
+    def output_head(self, folder: Path = DEFAULT_FOLDER) -> OutputHeadFile:
+        """As `ScoreClient.output_head`."""
+        return self._run(self._client.output_head(folder)).result()
 
     def close(self) -> None:
         """Fails what is open, disconnects and ends the thread; a second call does nothing."""

@@ -8,6 +8,7 @@ system (a request by the teacher that is to score it), not here, so that buildin
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -82,6 +83,8 @@ class ScoreRequest:
     """k of the teacher's own top-k; 0 means not wanted."""
     wants_sampled: bool = True
     wants_entropy: bool = False
+    wants_hidden_states: bool = False
+    """Over gRPC only, and only where the tenant has the right; see docs/hidden-states.md."""
     teacher_temperature: float = 1.0
     """Divides the teacher's logits before the normaliser."""
     normalizer: Normalizer = Normalizer.FULL
@@ -115,6 +118,8 @@ class Scores:
     """[R, k]"""
     entropy: Floats | None = None
     """[R] in nats, over the full vocabulary at the teacher temperature."""
+    hidden_states: Floats | None = None
+    """[R, H] after the final norm, exactly as the teacher's own head is given them: float32 holds every bf16."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,6 +164,46 @@ class TeacherInfo:
     max_message_bytes: int = 0
     capabilities: frozenset[Capability] = frozenset()
     version: str = ""
+    hidden_size: int = 0
+    """H; 0 where hidden states are not served, and then the next three say nothing."""
+    output_head_hash: str = ""
+    """sha256 over the head's bytes, the weight and then the bias."""
+    logit_scale: float = 1.0
+    """Multiplies h W^T + b, before the soft-cap and before any temperature."""
+    logit_softcap: float | None = None
+    """c of c * tanh(logit / c)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedHead:
+    """An output head as bytes, row-major and little-endian, in the dtype the model stores."""
+
+    weight: memoryview
+    """Of V * H elements."""
+    bias: bytes
+    """Of V elements; empty when the head has none."""
+    shape: tuple[int, int]
+    """(V, H)"""
+    dtype: str
+    """float32, bfloat16 or float16."""
+    sha256: str
+    """In hex, over weight and then bias."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputHeadFile:
+    """A teacher's output head on this machine's disk, whole and verified.
+
+    Example: the head of a bf16 teacher of 151,936 rows and hidden size 2,048 is one safetensors file of 622 MB with
+    the tensor `weight` [V, H] and, where the head has one, `bias` [V], both in the teacher's stored dtype.
+    """
+
+    path: Path
+    sha256: str
+    num_defined_ids: int
+    """Rows at and above it stand for no token."""
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,7 @@ precision of the weights (float64 stays float64), and rows of the output head th
 every normaliser, ranking and entropy. Teacher engine, rollout sampler and student share this code.
 """
 
+from opd.ops.full_vocabulary import FullVocabularyScores, defined_head, full_logprobs, full_reverse_kl
 from opd.ops.head import MASKED_LOGIT, OutputHead
 from opd.ops.rows import RowStatistics, row_statistics, score_rows
 from opd.ops.support import support_logprobs
@@ -12,8 +13,12 @@ from opd.ops.topk import top_k_stable
 
 __all__ = [
     "MASKED_LOGIT",
+    "FullVocabularyScores",
     "OutputHead",
     "RowStatistics",
+    "defined_head",
+    "full_logprobs",
+    "full_reverse_kl",
     "row_statistics",
     "score_rows",
     "support_logprobs",

@@ -4,15 +4,19 @@ Round robin over every address the name resolves to, so that a headless service 
 time-out is the call's deadline. Nothing is retried here: whoever retries sees `retryable` and `retry_after_s`.
 """
 
+import asyncio
 import json
+from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
-from opd.errors import ConfigError, InvalidRequestError
+from opd.errors import ConfigError, InvalidRequestError, TeacherUnavailableError
 from opd.rpc.status import error_from_rpc
 from opd.types import ScoreReply, ScoreRequest, TeacherInfo
+from opd.wire.chunks import ReplyAssembly
+from opd.wire.heads import HeadPart, head_part
 from opd.wire.messages import info_from_proto, reply_from_proto, request_to_proto
 from opd.wire.pb import teacher_pb2 as pb
 from opd.wire.pb.teacher_pb2_grpc import TeacherServiceStub
@@ -21,6 +25,8 @@ DEFAULT_MAX_MESSAGE_BYTES = 64 << 20
 KEEPALIVE_TIME_S = 30.0
 """Servers must allow pings this often; ours does."""
 _INFO_TIMEOUT_S = 20.0
+_HEAD_IDLE_S = 30.0
+"""A download has no time limit of its own, only its pauses have."""
 _SERVICE_CONFIG = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
 
 
@@ -59,15 +65,34 @@ class GrpcScoreClient:
         return info
 
     async def score(self, request: ScoreRequest) -> ScoreReply:
-        """Raises the typed error of the server, or of the way there."""
+        """Raises the typed error of the server, or of the way there; hidden states come in a stream."""
         message = request_to_proto(request)
         if message.ByteSize() > self._max_message_bytes:
             raise InvalidRequestError(
                 f"rollout {request.rollout_id}: {message.ByteSize()} bytes, a message holds "
                 f"{self._max_message_bytes}; send fewer candidates or a shorter rollout"
             )
+        if request.wants_hidden_states:
+            return await self._score_stream(request, message)
         response = await self._call("Score", message, request.timeout_ms / 1000)
         return reply_from_proto(response.reply)
+
+    async def output_head(self, offset_bytes: int = 0) -> AsyncGenerator[HeadPart, None]:
+        """The output head from a byte of its weight on; for `opd.head_cache`, which keeps it whole on disk."""
+        call = self._connected().GetOutputHead(pb.GetOutputHeadRequest(offset_bytes=offset_bytes))
+        try:
+            while True:
+                async with asyncio.timeout(_HEAD_IDLE_S):
+                    message = await call.read()
+                if message is grpc.aio.EOF:
+                    return
+                yield head_part(message)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error, self._target) from None
+        except TimeoutError:
+            raise TeacherUnavailableError(f"teacher at {self._target}: no byte for {_HEAD_IDLE_S:.0f} s") from None
+        finally:
+            call.cancel()
 
     async def close(self) -> None:
         """Ends the channel; calls under way are cancelled."""
@@ -76,12 +101,28 @@ class GrpcScoreClient:
             await channel.close()
 
     async def _call(self, method: str, message: Any, timeout_s: float) -> Any:
-        if self._stub is None:
-            self._connect()
         try:
-            return await getattr(self._stub, method)(message, timeout=timeout_s)
+            return await getattr(self._connected(), method)(message, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error, self._target) from None
+
+    async def _score_stream(self, request: ScoreRequest, message: pb.ScoreRequest) -> ScoreReply:
+        assembly = ReplyAssembly(request)
+        call = self._connected().ScoreStream(pb.ScoreStreamRequest(request=message), timeout=request.timeout_ms / 1000)
+        try:
+            async for part in call:
+                assembly.add(part)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error, self._target) from None
+        finally:
+            # Whoever gives up, for whatever reason, frees the server too.
+            call.cancel()
+        return assembly.finish()
+
+    def _connected(self) -> Any:
+        if self._stub is None:
+            self._connect()
+        return self._stub
 
     def _connect(self) -> None:
         address = self._target if ":///" in self._target else f"dns:///{self._target}"

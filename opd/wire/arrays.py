@@ -18,6 +18,8 @@ _DTYPES: dict[int, np.dtype[Any]] = {
     pb.DTYPE_FLOAT32: np.dtype("<f4"),
     pb.DTYPE_FLOAT16: np.dtype("<f2"),
     pb.DTYPE_BOOL: np.dtype("?"),
+    # NumPy has no bfloat16: its bits, which are the upper half of a float32.
+    pb.DTYPE_BFLOAT16: np.dtype("<u2"),
 }
 _FLOAT_DTYPES = (pb.DTYPE_FLOAT32, pb.DTYPE_FLOAT16)
 
@@ -50,6 +52,25 @@ def decode_mask(message: pb.Array, name: str, num_dims: int) -> Mask:
 def decode_floats(message: pb.Array, name: str, num_dims: int) -> Floats:
     """float32 array from either encoding; raises InvalidRequestError naming `name`."""
     return _decode(message, name, num_dims, _FLOAT_DTYPES).astype(np.float32)
+
+
+def encode_exact(values: Floats) -> pb.Array:
+    """Hidden states in the narrowest dtype that loses nothing, so a bf16 teacher's travel as bf16."""
+    bits = np.ascontiguousarray(values, np.dtype("<f4")).view("<u4")
+    if not (bits & 0xFFFF).any():
+        return _encode(bits >> 16, pb.DTYPE_BFLOAT16)
+    with np.errstate(over="ignore"):
+        halves = values.astype(np.float16)
+    is_exact = np.array_equal(halves.astype(np.float32), values, equal_nan=True)
+    return _encode(values, pb.DTYPE_FLOAT16 if is_exact else pb.DTYPE_FLOAT32)
+
+
+def decode_exact(message: pb.Array, name: str, num_dims: int) -> Floats:
+    """float32 array of the very values that were encoded; raises InvalidRequestError naming `name`."""
+    found = _decode(message, name, num_dims, (*_FLOAT_DTYPES, pb.DTYPE_BFLOAT16))
+    if message.dtype == pb.DTYPE_BFLOAT16:
+        return (found.astype(np.uint32) << 16).view(np.float32)
+    return found.astype(np.float32)
 
 
 def _encode(array: NDArray[Any], dtype: "pb.DType") -> pb.Array:

@@ -90,6 +90,7 @@ def request_to_proto(request: ScoreRequest) -> pb.ScoreRequest:
         encoding=_ENCODING_NUMBERS[request.encoding],
         wants_sampled=request.wants_sampled,
         wants_entropy=request.wants_entropy,
+        wants_hidden_states=request.wants_hidden_states,
         batch_invariant=request.batch_invariant,
         timeout_ms=request.timeout_ms,
         teacher_fingerprint=request.teacher_fingerprint,
@@ -103,8 +104,6 @@ def request_to_proto(request: ScoreRequest) -> pb.ScoreRequest:
 
 def request_from_proto(message: pb.ScoreRequest) -> ScoreRequest:
     """Raises InvalidRequestError naming the field whose form is wrong."""
-    if message.wants_hidden_states:
-        raise InvalidRequestError("wants_hidden_states: not served by this version; ask for candidates or top-k")
     return ScoreRequest(
         rollout_id=message.rollout_id,
         tenant=message.tenant,
@@ -120,6 +119,7 @@ def request_from_proto(message: pb.ScoreRequest) -> ScoreRequest:
         score_top_k=message.score_top_k,
         wants_sampled=message.wants_sampled,
         wants_entropy=message.wants_entropy,
+        wants_hidden_states=message.wants_hidden_states,
         teacher_temperature=message.teacher_temperature or 1.0,
         normalizer=_lookup(_NORMALIZERS, message.normalizer, "normalizer"),
         encoding=_lookup(_ENCODINGS, message.encoding, "encoding"),
@@ -139,6 +139,8 @@ def reply_to_proto(reply: ScoreReply, encoding: Encoding = Encoding.FLOAT32) -> 
             getattr(message, name).CopyFrom(arrays.encode_floats(values, encoding))
     if scores.topk_token_ids is not None:
         message.topk_token_ids.CopyFrom(arrays.encode_ids(scores.topk_token_ids))
+    if scores.hidden_states is not None:
+        message.hidden_states.CopyFrom(arrays.encode_exact(scores.hidden_states))
     return pb.ScoreReply(
         rollout_id=reply.rollout_id,
         teacher_fingerprint=reply.teacher_fingerprint,
@@ -179,6 +181,9 @@ def reply_from_proto(message: pb.ScoreReply) -> ScoreReply:
             else None,
             topk_logprobs=_optional_floats(scores, "topk_logprobs", 2),
             entropy=_optional_floats(scores, "entropy", 1),
+            hidden_states=arrays.decode_exact(scores.hidden_states, "hidden_states", 2)
+            if scores.HasField("hidden_states")
+            else None,
         ),
         queue_ms=message.queue_ms,
         engine_ms=message.engine_ms,
@@ -207,6 +212,10 @@ def info_to_proto(info: TeacherInfo) -> pb.GetInfoResponse:
         max_message_bytes=info.max_message_bytes,
         capabilities=sorted(info.capabilities),
         version=info.version,
+        hidden_size=info.hidden_size,
+        output_head_hash=info.output_head_hash,
+        logit_scale=info.logit_scale,
+        logit_softcap=info.logit_softcap or 0.0,
     )
 
 
@@ -232,6 +241,10 @@ def info_from_proto(message: pb.GetInfoResponse) -> TeacherInfo:
         max_message_bytes=message.max_message_bytes,
         capabilities=frozenset(Capability(name) for name in message.capabilities if name in known),
         version=message.version,
+        hidden_size=message.hidden_size,
+        output_head_hash=message.output_head_hash,
+        logit_scale=message.logit_scale or 1.0,
+        logit_softcap=message.logit_softcap or None,
     )
 
 

@@ -74,6 +74,15 @@ class BatchingSettings(Settings):
         return weights
 
 
+class HiddenStatesSettings(Settings):
+    """Hidden states and the output head over gRPC: together they hand out part of the model."""
+
+    enabled: bool = False
+    """Off unless told: a right of its own beside scoring."""
+    chunk_bytes: int = Field(default=1 << 20, ge=1024, le=1 << 28)
+    """Of one message of ScoreStream or GetOutputHead; a single row may be longer."""
+
+
 class QueueSettings(Settings):
     """How the replica takes from Redis."""
 
@@ -122,6 +131,8 @@ class TeacherConfig(Settings):
     """See BatchingSettings."""
     queue: QueueSettings = QueueSettings()
     """See QueueSettings."""
+    hidden_states: HiddenStatesSettings = HiddenStatesSettings()
+    """See HiddenStatesSettings."""
     replica: str = ""
     """This replica's name in replies and metrics; unset is host name and process id."""
     canary_interval_s: float = Field(default=60.0, gt=0)
@@ -153,5 +164,10 @@ class TeacherConfig(Settings):
             raise ValueError(
                 f"batching.max_tenant_tokens={batching.max_tenant_tokens}: is over batching.max_direct_tokens="
                 f"{batching.max_direct_tokens}; lower the first or raise the second"
+            )
+        if self.hidden_states.chunk_bytes > self.grpc.max_message_bytes // 2:
+            raise ValueError(
+                f"hidden_states.chunk_bytes={self.hidden_states.chunk_bytes}: is over half of grpc.max_message_bytes="
+                f"{self.grpc.max_message_bytes}; lower the first or raise the second"
             )
         return self

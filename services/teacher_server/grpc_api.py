@@ -7,35 +7,51 @@ Nothing here decides anything about a request. Errors become a status, the messa
 import asyncio
 import logging
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from opd.errors import ConfigError, InternalError, OpdError, UnknownTeacherError, UnsupportedError
+from opd.errors import ConfigError, InternalError, OpdError, UnknownTeacherError
 from opd.rpc.client import KEEPALIVE_TIME_S
 from opd.rpc.status import STATUS, trailing_metadata
+from opd.wire.chunks import split_reply
+from opd.wire.heads import head_messages
 from opd.wire.messages import info_to_proto, reply_to_proto, request_from_proto
 from opd.wire.pb import teacher_pb2 as pb
 from opd.wire.pb import teacher_pb2_grpc as pb_grpc
 from services.teacher_server.config import GrpcSettings
 from services.teacher_server.readiness import Readiness
-from services.teacher_server.scoring import ScoringSlot
+from services.teacher_server.scoring import ScoringSlot, TeacherScoring
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 SERVICE = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_CHUNK_BYTES = 1 << 20
+
+
+def allow_everybody(context: Any) -> None:
+    """The right to hidden states and the output head where nobody is told apart."""
 
 
 class TeacherServicer(pb_grpc.TeacherServiceServicer):
     """One method per RPC."""
 
-    def __init__(self, slot: ScoringSlot) -> None:
+    def __init__(
+        self,
+        slot: ScoringSlot,
+        *,
+        chunk_bytes: int = _CHUNK_BYTES,
+        check_right: Callable[[Any], None] = allow_everybody,
+    ) -> None:
+        """`check_right` is given the context of a call for hidden states or the head; PermissionDeniedError says no."""
         self._slot = slot
+        self._chunk_bytes = chunk_bytes
+        self._check_right = check_right
 
     async def GetInfo(self, request: pb.GetInfoRequest, context: Any) -> pb.GetInfoResponse:
         return await _guarded(context, lambda: self._info(request))
@@ -43,30 +59,51 @@ class TeacherServicer(pb_grpc.TeacherServiceServicer):
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
         return await _guarded(context, lambda: self._score(request, context))
 
-    async def ScoreStream(self, request: pb.ScoreStreamRequest, context: Any) -> None:
-        await _refuse(context, _no_hidden_states("ScoreStream"))
+    async def ScoreStream(self, request: pb.ScoreStreamRequest, context: Any) -> AsyncIterator[pb.ScoreStreamResponse]:
+        for message in await _guarded(context, lambda: self._score_stream(request, context)):
+            yield message
 
-    async def GetOutputHead(self, request: pb.GetOutputHeadRequest, context: Any) -> None:
-        await _refuse(context, _no_hidden_states("GetOutputHead"))
+    async def GetOutputHead(
+        self, request: pb.GetOutputHeadRequest, context: Any
+    ) -> AsyncIterator[pb.GetOutputHeadResponse]:
+        for message in await _guarded(context, lambda: self._output_head(request, context)):
+            yield message
 
     async def _info(self, request: pb.GetInfoRequest) -> pb.GetInfoResponse:
-        info = self._slot.get().info()
-        if request.teacher not in ("", info.teacher):
-            raise UnknownTeacherError(f"teacher={request.teacher[:80]!r}: this replica serves {info.teacher!r}")
-        return info_to_proto(info)
+        return info_to_proto(self._scoring_of(request.teacher).info())
+
+    def _scoring_of(self, teacher: str) -> TeacherScoring:
+        scoring = self._slot.get()
+        if teacher not in ("", scoring.info().teacher):
+            raise UnknownTeacherError(f"teacher={teacher[:80]!r}: this replica serves {scoring.info().teacher!r}")
+        return scoring
 
     async def _score(self, message: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
         request = request_from_proto(message)
         reply = await self._slot.get().score(request, patience_s=context.time_remaining())
         return pb.ScoreResponse(reply=reply_to_proto(reply, request.encoding))
 
+    async def _score_stream(self, message: pb.ScoreStreamRequest, context: Any) -> Iterator[pb.ScoreStreamResponse]:
+        request = request_from_proto(message.request)
+        if request.wants_hidden_states:
+            self._check_right(context)
+        reply = await self._slot.get().score(request, patience_s=context.time_remaining(), is_streamed=True)
+        return split_reply(reply, request.encoding, self._chunk_bytes)
+
+    async def _output_head(self, message: pb.GetOutputHeadRequest, context: Any) -> Iterator[pb.GetOutputHeadResponse]:
+        self._check_right(context)
+        head = self._scoring_of(message.teacher).output_head()
+        return head_messages(head, message.offset_bytes, self._chunk_bytes)
+
 
 class GrpcServer:
     """The listener; answers health from the start, and requests once the slot is filled."""
 
-    def __init__(self, settings: GrpcSettings, slot: ScoringSlot, readiness: Readiness) -> None:
+    def __init__(
+        self, settings: GrpcSettings, slot: ScoringSlot, readiness: Readiness, *, chunk_bytes: int = _CHUNK_BYTES
+    ) -> None:
         self._settings = settings
-        self._slot = slot
+        self._servicer = TeacherServicer(slot, chunk_bytes=chunk_bytes)
         self._readiness = readiness
         self._health = health.aio.HealthServicer()
         self._updates: set[asyncio.Task[None]] = set()
@@ -76,7 +113,7 @@ class GrpcServer:
         """Listens and serves; returns the port, raises ConfigError when it is taken."""
         settings = self._settings
         self._server = grpc.aio.server(options=_options(settings), maximum_concurrent_rpcs=settings.max_concurrent_rpcs)
-        pb_grpc.add_TeacherServiceServicer_to_server(TeacherServicer(self._slot), self._server)  # type: ignore[no-untyped-call]
+        pb_grpc.add_TeacherServiceServicer_to_server(self._servicer, self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         port = self._bind()
@@ -142,9 +179,3 @@ async def _guarded(context: Any, call: Callable[[], Awaitable[_T]]) -> _T:
 async def _refuse(context: Any, error: OpdError) -> NoReturn:
     await context.abort(STATUS[error.code], error.message, trailing_metadata(error))
     raise AssertionError("abort raises")
-
-
-def _no_hidden_states(method: str) -> OpdError:
-    return UnsupportedError(
-        f"{method}: needs the capability hidden_states, which this teacher does not have; use Score"
-    )

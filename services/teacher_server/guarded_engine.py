@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from opd.errors import InternalError, NonFiniteError, OpdError, TeacherUnavailableError
-from opd.types import ScoreRequest, Scores, TeacherInfo
+from opd.types import ScoreRequest, Scores, SharedHead, TeacherInfo
 from services.teacher_server.canary import Canary, CanaryVerdict
 from services.teacher_server.engines.base import ScoringEngine
 
@@ -35,6 +35,10 @@ class GuardedEngine:
     def info(self) -> TeacherInfo:
         """The engine's handshake."""
         return self._engine.info()
+
+    def output_head(self) -> SharedHead:
+        """The engine's output head."""
+        return self._engine.output_head()
 
     def check(self) -> CanaryVerdict:
         """Scores the probe."""

@@ -5,6 +5,7 @@ Checks are cheap and come before admission, so that a bad request never holds to
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,14 +21,18 @@ _MAX_ROLLOUT_ID = 200
 _REPLY_OVERHEAD_BYTES = 1024
 
 
-def check_request(request: ScoreRequest, info: TeacherInfo) -> None:
-    """Raises InvalidRequestError, UnknownTeacherError or UnsupportedError."""
+def check_request(request: ScoreRequest, info: TeacherInfo, *, is_streamed: bool = False) -> None:
+    """Raises InvalidRequestError, UnknownTeacherError or UnsupportedError; `is_streamed` answers leave in chunks."""
     _check_identity(request, info)
     _check_tokens(request, info)
     _check_candidates(request, info)
     _check_settings(request, info)
     _check_capabilities(request, info)
-    _check_reply_size(request, info)
+    if is_streamed:
+        _check_row_size(request, info)
+    else:
+        _check_one_message(request)
+        _check_reply_size(request, info)
 
 
 def _check_identity(request: ScoreRequest, info: TeacherInfo) -> None:
@@ -85,8 +90,8 @@ def _check_settings(request: ScoreRequest, info: TeacherInfo) -> None:
         raise _invalid("teacher_temperature", str(temperature), f"give {MIN_TEMPERATURE} to {MAX_TEMPERATURE:g}")
     if not 1 <= request.timeout_ms <= MAX_TIMEOUT_MS:
         raise _invalid("timeout_ms", str(request.timeout_ms), f"give 1 to {MAX_TIMEOUT_MS}")
-    wants = (request.wants_sampled, request.wants_entropy, request.score_top_k, request.candidate_token_ids is not None)
-    if not any(wants):
+    wants = (request.wants_sampled, request.wants_entropy, request.score_top_k, request.wants_hidden_states)
+    if not any(wants) and request.candidate_token_ids is None:
         raise _invalid("wants_sampled", "False", "nothing is asked for; want sampled, entropy, candidates or top-k")
 
 
@@ -98,6 +103,7 @@ def _check_capabilities(request: ScoreRequest, info: TeacherInfo) -> None:
         Capability.ENTROPY: request.wants_entropy,
         Capability.TEACHER_TEMPERATURE: request.teacher_temperature != 1.0,
         Capability.BATCH_INVARIANT: request.batch_invariant,
+        Capability.HIDDEN_STATES: request.wants_hidden_states,
     }
     absent = [
         capability for capability, is_needed in needs.items() if is_needed and capability not in info.capabilities
@@ -106,6 +112,26 @@ def _check_capabilities(request: ScoreRequest, info: TeacherInfo) -> None:
         raise UnsupportedError(
             f"{absent[0]}: the {info.engine} engine of {info.teacher} does not supply it exactly; it supplies "
             f"{', '.join(sorted(info.capabilities))}"
+        )
+
+
+def _check_row_size(request: ScoreRequest, info: TeacherInfo) -> None:
+    """What is streamed may be long; only a single row has to fit in a message."""
+    num_bytes = reply_bytes(replace(request, response_token_ids=request.response_token_ids[:1]))
+    num_bytes += 4 * info.hidden_size * request.wants_hidden_states
+    if num_bytes > info.max_message_bytes:
+        raise _invalid(
+            "response_token_ids",
+            f"rows of about {num_bytes} bytes",
+            f"a message holds {info.max_message_bytes}; ask for fewer candidates or a smaller top-k",
+        )
+
+
+def _check_one_message(request: ScoreRequest) -> None:
+    if request.wants_hidden_states:
+        raise UnsupportedError(
+            "wants_hidden_states=true: hidden states travel in ScoreStream over gRPC alone, never through the queue or "
+            "in one message; ask a grpc:// address with wants_hidden_states"
         )
 
 

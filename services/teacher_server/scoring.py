@@ -12,9 +12,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from opd.errors import DeadlineExceededError, OpdError, TeacherUnavailableError
+from opd.errors import DeadlineExceededError, OpdError, TeacherUnavailableError, UnsupportedError
 from opd.metrics import TeacherMetrics
-from opd.types import ScoreReply, ScoreRequest, Scores, TeacherInfo
+from opd.types import Capability, ScoreReply, ScoreRequest, Scores, SharedHead, TeacherInfo
 from services.teacher_server.batcher import FairBatcher, Intake, Ticket
 from services.teacher_server.canary import CanaryVerdict
 from services.teacher_server.engines.base import ForwardReport
@@ -65,6 +65,16 @@ class TeacherScoring:
         """The handshake."""
         return self._engine.info()
 
+    def output_head(self) -> SharedHead:
+        """The output head; UnsupportedError where hidden states are not served."""
+        info = self.info()
+        if Capability.HIDDEN_STATES not in info.capabilities:
+            raise UnsupportedError(
+                f"output head: {info.teacher} does not serve hidden states; set hidden_states.enabled=true on the "
+                "teacher, or use candidates and top-k"
+            )
+        return self._engine.output_head()
+
     @property
     def num_in_flight(self) -> int:
         """Requests admitted and not answered."""
@@ -94,12 +104,15 @@ class TeacherScoring:
         alone: bool = False,
         age_s: float = 0.0,
         patience_s: float | None = None,
+        is_streamed: bool = False,
     ) -> ScoreReply:
         """The answer to one request, or an OpdError; cancelling gives it up.
 
         `age_s` is what of its time-out passed before it came here; `patience_s` is the caller's own limit from now.
+        `is_streamed` says that the answer goes out in chunks, so that it may be long and hold hidden states.
         """
         try:
+            check_request(request, self.info(), is_streamed=is_streamed)
             return await self._score(request, intake, alone, age_s, patience_s)
         except OpdError as error:
             self._metrics.errors.labels(error.code).inc()
@@ -108,7 +121,6 @@ class TeacherScoring:
     async def _score(
         self, request: ScoreRequest, intake: Intake, alone: bool, age_s: float, patience_s: float | None
     ) -> ScoreReply:
-        check_request(request, self.info())
         if reason := self._readiness.why_not_scoring():
             raise _not_here(reason)
         now_s, left_s = self._clock(), request.timeout_ms / 1000 - age_s

@@ -65,7 +65,7 @@ class Replica:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._engine_work: asyncio.Future[GuardedEngine] | None = None
         self._scoring: TeacherScoring | None = None
-        self._grpc = GrpcServer(config.grpc, self._slot, self._readiness)
+        self._grpc = GrpcServer(config.grpc, self._slot, self._readiness, chunk_bytes=config.hidden_states.chunk_bytes)
         self._http = HttpServer(create_app(self._slot, self._readiness, self._metrics, config.http), config.http)
         self._intake: QueueIntake | None = None
         self._tasks: dict[str, asyncio.Task[Any]] = {}
@@ -138,6 +138,7 @@ class Replica:
                 max_candidates=config.max_candidates,
                 max_score_top_k=config.max_score_top_k,
                 max_message_bytes=config.grpc.max_message_bytes,
+                serves_hidden_states=config.hidden_states.enabled,
             ),
             cache_folder=config.cache_folder.expanduser() if config.cache_folder else None,
             observe=self._observe,

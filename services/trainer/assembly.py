@@ -30,6 +30,7 @@ from services.trainer.http_api import RunStatus, StatusServer
 from services.trainer.loop import LoopSettings, TrainingLoop
 from services.trainer.loss import DistillLoss
 from services.trainer.models import LoadedModel, load_model
+from services.trainer.objectives.config import ObjectiveKind
 from services.trainer.objectives.dispatch import build_objective
 from services.trainer.prompt_files import PreparedPrompts, prepare_prompts
 from services.trainer.rollout.base import SamplingParams
@@ -39,6 +40,7 @@ from services.trainer.step_metrics import StepMetrics
 from services.trainer.stop import StopSignal
 from services.trainer.student import Student, StudentOptimizer
 from services.trainer.teacher_client import ScoreWants, TeacherClient
+from services.trainer.teacher_head import TeacherHead
 from services.trainer.training_run import TrainingRun, close_within
 from services.trainer.weights import SharedWeights
 
@@ -62,6 +64,7 @@ class _Parts:
     engine: TransformersEngine
     evaluate: Callable[[int], dict[str, float]] | None
     teacher: TeacherClient
+    teacher_head: TeacherHead | None
 
 
 def assemble(settings: TrainSettings, stop: StopSignal, *, resume: bool) -> TrainingRun:
@@ -91,6 +94,7 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
     # The teacher may be long in coming, so it is met last.
     evaluate = _evaluator(settings, loaded, log)
     status.enter("waiting")
+    teacher = _meet_teacher(settings, client, loaded, console)
     return _Parts(
         settings=settings,
         stop=stop,
@@ -103,7 +107,8 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
         prompts=prompts,
         engine=engine,
         evaluate=evaluate,
-        teacher=_meet_teacher(settings, client, loaded, console),
+        teacher=teacher,
+        teacher_head=_teacher_head(settings, client, teacher, loaded),
     )
 
 
@@ -128,7 +133,7 @@ def _wire(parts: _Parts) -> TrainingRun:
         engine=parts.engine,
         teacher=parts.teacher,
         student=student,
-        loss=DistillLoss(student, build_objective(settings.objective), settings.objective),
+        loss=DistillLoss(student, build_objective(settings.objective), settings.objective, parts.teacher_head),
         optimizer=optimizer,
         weights=SharedWeights(parts.engine),
         first_step=parts.checkpoint.state.step if parts.checkpoint else 0,
@@ -213,6 +218,7 @@ def _meet_teacher(
         teacher_temperature=settings.objective.teacher_temperature,
         encoding=settings.teacher.encoding,
         batch_invariant=settings.deterministic,
+        wants_hidden_states=settings.objective.kind is ObjectiveKind.FULL_VOCABULARY,
         timeout_ms=round(settings.teacher.timeout_s * 1000),
         max_context=settings.rollout.max_prompt_tokens + settings.rollout.max_response_tokens,
     )
@@ -220,6 +226,18 @@ def _meet_teacher(
     info = teacher.shake_hands(wait_s=settings.teacher.wait_s, on_wait=console.say)
     _log.info("teacher %s: %s (%s, %s)", info.teacher, info.model, info.fingerprint, info.engine)
     return teacher
+
+
+def _teacher_head(
+    settings: TrainSettings, client: SyncScoreClient, teacher: TeacherClient, loaded: LoadedModel
+) -> TeacherHead | None:
+    """Fetched before anything is sampled: whoever has no right to it is told at once."""
+    if settings.objective.kind is not ObjectiveKind.FULL_VOCABULARY:
+        return None
+    device = next(loaded.model.parameters()).device
+    head = TeacherHead(client, lambda: teacher.info, folder=settings.teacher.head_cache, device=device)
+    head()
+    return head
 
 
 def _engine(settings: TrainSettings, loaded: LoadedModel, *, score_top_k: int | None) -> TransformersEngine:

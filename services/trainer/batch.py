@@ -65,6 +65,8 @@ class DistillBatch:
     teacher_topk_ids_Tk: Tensor
     teacher_topk_logprobs_Tk: Tensor
     teacher_entropy_T: Tensor
+    teacher_hidden_TG: Tensor | None = None
+    """The teacher's states after its final norm, of its own hidden size G; only where they were asked for."""
 
     @property
     def num_rollouts(self) -> int:
@@ -122,6 +124,9 @@ def build_batch(scored: Sequence[ScoredRollout], device: torch.device | str = "c
         teacher_topk_ids_Tk=packed(lambda item: item.scores.topk_token_ids, torch.int64),
         teacher_topk_logprobs_Tk=floats(lambda item: item.scores.topk_logprobs),
         teacher_entropy_T=floats(_teacher_entropy),
+        teacher_hidden_TG=floats(lambda item: item.scores.hidden_states)
+        if all(item.scores.hidden_states is not None for item in scored)
+        else None,
     )
 
 

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from opd.settings import Settings
 from opd.types import Encoding
-from services.trainer.objectives.config import ObjectiveConfig
+from services.trainer.objectives.config import ObjectiveConfig, ObjectiveKind
 from services.trainer.prompts import Overlong
 
 _NAME = re.compile(r"[a-z0-9-]{1,63}")
@@ -78,6 +78,8 @@ class TeacherSettings(Settings):
     """How long the start waits for the pool's first replica."""
     patience_s: PositiveFloat = 120.0
     """How long a lost queue is waited for in mid-run."""
+    head_cache: Path = Path("~/.cache/opd/heads")
+    """Where output heads are kept, by their hash; only `objective.kind=full_vocabulary` fetches one."""
     on_score_failure: OnScoreFailure = OnScoreFailure.ABORT
     """What a rollout that cannot be scored does to the run: `abort` or `drop`."""
 
@@ -229,6 +231,12 @@ class TrainSettings(Settings):
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps} is above steps={self.steps}, so the learning rate would "
                 "never be reached; lower it"
+            )
+        scheme = self.teacher.url.partition("://")[0]
+        if self.objective.kind is ObjectiveKind.FULL_VOCABULARY and scheme not in ("grpc", "grpcs"):
+            raise ValueError(
+                f"objective.kind=full_vocabulary with teacher.url={scheme}://...: hidden states "
+                "travel over gRPC alone; set teacher.url to grpc://HOST:PORT"
             )
         if self.evaluation.every_steps and not self.evaluation.files:
             raise ValueError(

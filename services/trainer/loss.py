@@ -4,12 +4,14 @@ T positions, K student support ids, k teacher top-k ids. The one place where bat
 them knows nothing of the others.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from opd.errors import NonFiniteError
+from opd.errors import InternalError, NonFiniteError
+from opd.ops import OutputHead
 from services.trainer.batch import DistillBatch
 from services.trainer.objectives.config import ObjectiveConfig, ObjectiveKind
 from services.trainer.objectives.contract import LossInputs, LossOutput, Objective
@@ -24,15 +26,24 @@ class _StudentLogprobs:
     support_TK: Tensor | None
     teacher_ids_Tk: Tensor | None
     sampled_T: Tensor | None
+    full_reverse_kl_T: Tensor | None = None
 
 
 class DistillLoss:
     """The objective applied to micro-batches of one student."""
 
-    def __init__(self, student: Student, objective: Objective, config: ObjectiveConfig) -> None:
+    def __init__(
+        self,
+        student: Student,
+        objective: Objective,
+        config: ObjectiveConfig,
+        teacher_head: Callable[[], OutputHead] | None = None,
+    ) -> None:
+        """`teacher_head` gives the pinned teacher's output head; only the whole vocabulary needs it."""
         self._student = student
         self._objective = objective
         self._config = config
+        self._teacher_head = teacher_head
 
     def __call__(self, batch: DistillBatch) -> LossOutput:
         """The loss as a sum, with gradient. `NonFiniteError` names the rollout that brought a number that is none."""
@@ -48,6 +59,7 @@ class DistillLoss:
                 teacher_logprobs_TK=support.teacher_logprobs_TK if support else None,
                 student_sampled_logprobs_T=logprobs.sampled_T,
                 teacher_sampled_logprobs_T=batch.teacher_sampled_logprobs_T,
+                full_reverse_kl_T=logprobs.full_reverse_kl_T,
                 rollout_logprobs_T=batch.rollout_logprobs_T,
                 rollout_num_positions_T=lengths_B[batch.rollout_index_T],
             )
@@ -56,6 +68,8 @@ class DistillLoss:
     def _student_logprobs(self, batch: DistillBatch) -> _StudentLogprobs:
         """One forward pass over all the ids that are needed, side by side."""
         objective = self._objective
+        if objective.needs_full_vocabulary:
+            return self._full_vocabulary(batch)
         columns: list[Tensor] = []
         columns += [batch.support_ids_TK] if objective.needs_student_ids else []
         columns += [batch.teacher_topk_ids_Tk] if objective.needs_teacher_ids else []
@@ -69,8 +83,27 @@ class DistillLoss:
             sampled_T=next(parts).squeeze(1) if objective.needs_sampled else None,
         )
 
+    def _full_vocabulary(self, batch: DistillBatch) -> _StudentLogprobs:
+        """The sampled token's log-prob comes from the same pass."""
+        if batch.teacher_hidden_TG is None or self._teacher_head is None:
+            raise InternalError("the objective needs the teacher's hidden states and head, which were not given")
+        scores = self._student.full_reverse_kl(
+            batch,
+            batch.teacher_hidden_TG,
+            self._teacher_head(),
+            batch.sampled_ids_T[:, None],
+            teacher_temperature=self._config.teacher_temperature,
+        )
+        _refuse_non_finite(scores.student_logprobs_TK, batch)
+        return _StudentLogprobs(
+            support_TK=None,
+            teacher_ids_Tk=None,
+            sampled_T=scores.student_logprobs_TK.squeeze(1) if self._objective.needs_sampled else None,
+            full_reverse_kl_T=scores.reverse_kl_T,
+        )
+
     def _support(self, batch: DistillBatch, logprobs: _StudentLogprobs) -> SupportScores | None:
-        if self._config.kind is ObjectiveKind.SAMPLED_TOKEN:
+        if self._config.kind is not ObjectiveKind.TOP_K:
             return None
         student = TopKScores(
             ids_Tk=batch.support_ids_TK,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from opd.errors import CheckpointError, ConfigError
-from opd.ops import OutputHead, support_logprobs
+from opd.ops import FullVocabularyScores, OutputHead, full_reverse_kl, support_logprobs
 from services.trainer.batch import DistillBatch
 from services.trainer.config import OptimSettings
 
@@ -50,18 +50,43 @@ class Student:
 
     def logprobs(self, batch: DistillBatch, ids_TK: Tensor) -> Tensor:
         """Log-probs [T, K] with gradient at `ids_TK`, at the student temperature, normalised over all defined ids."""
-        # Recomputation of whole layers is tied to training mode in transformers; nothing else differs without dropout.
-        self.model.train(self._gradient_checkpointing)
-        hidden_BSH = self._hidden(batch.input_ids_BS, batch.attention_mask_BS)
-        hidden_TH = hidden_BSH.flatten(0, 1)[batch.hidden_index_T]
         return support_logprobs(
-            hidden_TH,
+            self._response_hidden(batch),
             output_head(self.model),
             ids_TK,
             num_defined_ids=self.num_defined_ids,
             temperature=self.temperature,
             row_chunk=self.row_chunk,
         )
+
+    def full_reverse_kl(
+        self,
+        batch: DistillBatch,
+        teacher_hidden_TG: Tensor,
+        teacher_head: OutputHead,
+        ids_TK: Tensor,
+        *,
+        teacher_temperature: float = 1.0,
+    ) -> FullVocabularyScores:
+        """KL(student || teacher) over all defined ids with gradient, and log-probs at `ids_TK` from the same pass."""
+        return full_reverse_kl(
+            self._response_hidden(batch),
+            output_head(self.model),
+            teacher_hidden_TG,
+            teacher_head,
+            ids_TK,
+            num_defined_ids=self.num_defined_ids,
+            student_temperature=self.temperature,
+            teacher_temperature=teacher_temperature,
+            row_chunk=self.row_chunk,
+        )
+
+    def _response_hidden(self, batch: DistillBatch) -> Tensor:
+        """[T, H] with gradient, of the positions that predict the response."""
+        # Recomputation of whole layers is tied to training mode in transformers; nothing else differs without dropout.
+        self.model.train(self._gradient_checkpointing)
+        hidden_BSH = self._hidden(batch.input_ids_BS, batch.attention_mask_BS)
+        return hidden_BSH.flatten(0, 1)[batch.hidden_index_T]
 
     def _hidden(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):

@@ -47,6 +47,8 @@ class ScoreWants:
     teacher_temperature: float = 1.0
     encoding: Encoding = Encoding.FLOAT32
     batch_invariant: bool = False
+    wants_hidden_states: bool = False
+    """For an objective over the whole vocabulary; over gRPC only."""
     timeout_ms: int = 300_000
     max_context: int = 0
     """Longest prompt plus response the run can produce."""
@@ -117,6 +119,7 @@ class TeacherClient:
                 candidate_token_ids=rollout.topk_token_ids,
                 score_top_k=wants.score_top_k,
                 wants_entropy=Capability.ENTROPY in self.info.capabilities,
+                wants_hidden_states=wants.wants_hidden_states,
                 teacher_temperature=wants.teacher_temperature,
                 encoding=wants.encoding,
                 batch_invariant=wants.batch_invariant,
@@ -139,6 +142,8 @@ class TeacherClient:
             "candidate_logprobs": (scores.candidate_logprobs, (num_positions, num_candidates)),
             "topk_logprobs": (scores.topk_logprobs, (num_positions, self._wants.score_top_k)),
         }
+        if self._wants.wants_hidden_states:
+            columns["hidden_states"] = (scores.hidden_states, (num_positions, self.info.hidden_size))
         for name, (values, shape) in columns.items():
             if values is None or values.shape != shape:
                 found = "nothing" if values is None else str(values.shape)
@@ -162,6 +167,8 @@ class TeacherClient:
             needed.add(Capability.TEACHER_TEMPERATURE)
         if self._wants.batch_invariant:
             needed.add(Capability.BATCH_INVARIANT)
+        if self._wants.wants_hidden_states:
+            needed.add(Capability.HIDDEN_STATES)
         missing = sorted(needed - info.capabilities)
         if missing:
             raise UnsupportedError(

@@ -169,7 +169,7 @@ class GetInfoRequest(_message.Message):
     def __init__(self, teacher: _Optional[str] = ...) -> None: ...
 
 class GetInfoResponse(_message.Message):
-    __slots__ = ("teacher", "fingerprint", "model", "engine", "vocab_rows", "num_defined_ids", "id_map_hash", "special_tokens", "eos_token_ids", "chat_template_hash", "dtype", "max_context", "max_candidates", "max_score_top_k", "max_batch_tokens", "max_message_bytes", "capabilities", "version")
+    __slots__ = ("teacher", "fingerprint", "model", "engine", "vocab_rows", "num_defined_ids", "id_map_hash", "special_tokens", "eos_token_ids", "chat_template_hash", "dtype", "max_context", "max_candidates", "max_score_top_k", "max_batch_tokens", "max_message_bytes", "capabilities", "version", "hidden_size", "output_head_hash", "logit_scale", "logit_softcap")
     class SpecialTokensEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -195,6 +195,10 @@ class GetInfoResponse(_message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_HEAD_HASH_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_SCALE_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_SOFTCAP_FIELD_NUMBER: _ClassVar[int]
     teacher: str
     fingerprint: str
     model: str
@@ -213,7 +217,11 @@ class GetInfoResponse(_message.Message):
     max_message_bytes: int
     capabilities: _containers.RepeatedScalarFieldContainer[str]
     version: str
-    def __init__(self, teacher: _Optional[str] = ..., fingerprint: _Optional[str] = ..., model: _Optional[str] = ..., engine: _Optional[str] = ..., vocab_rows: _Optional[int] = ..., num_defined_ids: _Optional[int] = ..., id_map_hash: _Optional[str] = ..., special_tokens: _Optional[_Mapping[str, int]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., chat_template_hash: _Optional[str] = ..., dtype: _Optional[str] = ..., max_context: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_score_top_k: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ...) -> None: ...
+    hidden_size: int
+    output_head_hash: str
+    logit_scale: float
+    logit_softcap: float
+    def __init__(self, teacher: _Optional[str] = ..., fingerprint: _Optional[str] = ..., model: _Optional[str] = ..., engine: _Optional[str] = ..., vocab_rows: _Optional[int] = ..., num_defined_ids: _Optional[int] = ..., id_map_hash: _Optional[str] = ..., special_tokens: _Optional[_Mapping[str, int]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., chat_template_hash: _Optional[str] = ..., dtype: _Optional[str] = ..., max_context: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_score_top_k: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., hidden_size: _Optional[int] = ..., output_head_hash: _Optional[str] = ..., logit_scale: _Optional[float] = ..., logit_softcap: _Optional[float] = ...) -> None: ...
 
 class GetOutputHeadRequest(_message.Message):
     __slots__ = ("teacher", "offset_bytes")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from opd.errors import OpdError
-from opd.types import ScoreRequest, Scores, TeacherInfo
+from opd.types import ScoreRequest, Scores, SharedHead, TeacherInfo
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +46,10 @@ class ScoringEngine(Protocol):
 
         An exception means that the batch as a whole failed and says nothing about any single request.
         """
+        ...
+
+    def output_head(self) -> SharedHead:
+        """The head; asked for only where the capability hidden_states is in `info()`, from any thread."""
         ...
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +23,12 @@ from torch import Tensor
 import opd
 from opd.errors import NonFiniteError, OpdError
 from opd.ops import RowStatistics, score_rows
-from opd.types import PAD_ID, Capability, Floats, Ids, ScoreRequest, Scores, TeacherInfo
+from opd.types import PAD_ID, Capability, Floats, Ids, ScoreRequest, Scores, SharedHead, TeacherInfo
 from services.teacher_server.engines import model_folder
 from services.teacher_server.engines.base import ForwardObserver, ForwardReport
 from services.teacher_server.engines.passes import PassLimits, Plan, pad_right, plan_passes, plan_rectangles
 from services.teacher_server.engines.prefix_cache import Prefix, PrefixCache, prompt_key
+from services.teacher_server.engines.shared_head import share_head
 from services.teacher_server.engines.transformers_model import LoadedModel, can_continue, load_model
 
 CAPABILITIES = frozenset(Capability) - {Capability.HIDDEN_STATES}
@@ -45,6 +46,7 @@ class EngineLimits:
     max_candidates: int = 256
     max_score_top_k: int = 256
     max_message_bytes: int = 64 << 20
+    serves_hidden_states: bool = False
     prefix_cache_tokens: int = 16_384
     """Of prompts kept for later requests; 0 keeps none."""
 
@@ -71,7 +73,10 @@ class TransformersEngine:
         self._observe = observe
         self._prefixes = PrefixCache(limits.prefix_cache_tokens)
         self._shares_prompts = limits.prefix_cache_tokens > 0 and can_continue(model)
+        self._shared_head = share_head(model.head) if limits.serves_hidden_states else None
         self._info = _describe(model, teacher=teacher, name=name, fingerprint=fingerprint, limits=limits)
+        if self._shared_head is not None:
+            self._info = _with_hidden_states(self._info, model, self._shared_head)
 
     def info(self) -> TeacherInfo:
         """The handshake."""
@@ -90,10 +95,16 @@ class TransformersEngine:
                 outcomes |= dict(zip(siblings.indices, self._score_siblings(siblings.key, together), strict=True))
         return [outcomes[index] for index in range(len(requests))]
 
+    def output_head(self) -> SharedHead:
+        """The head's bytes, shared with the model where they lie on the host."""
+        assert self._shared_head is not None
+        return self._shared_head
+
     def close(self) -> None:
         """Gives the model's memory back."""
         self._prefixes.clear()
         del self._model
+        self._shared_head = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -174,8 +185,9 @@ class TransformersEngine:
         scored_R = np.ones(num_response, np.bool_) if request.scored_rows is None else request.scored_rows
         rows_S = np.flatnonzero(scored_R)
         candidates_RK = request.candidate_token_ids
+        hidden_SH = hidden_RH[torch.from_numpy(rows_S).to(device)]
         statistics = score_rows(
-            hidden_RH[torch.from_numpy(rows_S).to(device)],
+            hidden_SH,
             self._model.head,
             num_defined_ids=self._model.vocabulary.num_defined_ids,
             sampled_ids_T=_to_device(request.response_token_ids[rows_S], device) if request.wants_sampled else None,
@@ -191,7 +203,10 @@ class TransformersEngine:
                 f"rollout {request.rollout_id}: the teacher's logits are NaN or infinite at {int((~finite_S).sum())} "
                 f"of {finite_S.size} scored positions, first at {rows_S[np.argmin(finite_S)]}; no score is exact there"
             )
-        return _to_scores(statistics, rows_S, num_response)
+        scores = _to_scores(statistics, rows_S, num_response)
+        if not request.wants_hidden_states:
+            return scores
+        return replace(scores, hidden_states=_spread(hidden_SH, rows_S, num_response))
 
 
 def load_engine(
@@ -242,6 +257,18 @@ def _describe(model: LoadedModel, *, teacher: str, name: str, fingerprint: str, 
         max_message_bytes=limits.max_message_bytes,
         capabilities=CAPABILITIES,
         version=opd.__version__,
+    )
+
+
+def _with_hidden_states(info: TeacherInfo, model: LoadedModel, shared: SharedHead) -> TeacherInfo:
+    """What one needs to make logits of hidden states; `check_head` has compared just this with the model's own."""
+    return replace(
+        info,
+        capabilities=info.capabilities | {Capability.HIDDEN_STATES},
+        hidden_size=shared.shape[1],
+        output_head_hash=shared.sha256,
+        logit_scale=model.head.logit_scale,
+        logit_softcap=model.head.soft_cap,
     )
 
 

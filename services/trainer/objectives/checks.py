@@ -10,7 +10,8 @@ from opd.errors import NonFiniteError
 
 def require_finite(name: str, values: Tensor, mask: Tensor, ids_TK: Tensor | None = None) -> None:
     """Raises `NonFiniteError` for the first value under the mask that is NaN or infinite; [T] or [T, K]."""
-    bad = ~values.detach().isfinite() & mask
+    values = values.detach()
+    bad = ~values.isfinite() & mask
     if not bad.any():
         return
     position, *column = (int(index) for index in bad.nonzero()[0])

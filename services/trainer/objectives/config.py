@@ -15,6 +15,8 @@ class ObjectiveKind(StrEnum):
     """Divergence on a small support per position (eq 5)."""
     SAMPLED_TOKEN = "sampled_token"
     """The sampled token alone (eq 3)."""
+    FULL_VOCABULARY = "full_vocabulary"
+    """Reverse KL over the whole vocabulary (eq 4), from the teacher's hidden states and output head."""
 
 
 class GradientForm(StrEnum):
@@ -56,7 +58,7 @@ class ObjectiveConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: ObjectiveKind = ObjectiveKind.TOP_K
-    """`top_k` or `sampled_token`."""
+    """`top_k`, `sampled_token` or `full_vocabulary`."""
     gradient: GradientForm = GradientForm.EXACT
     """`exact` moves no mass into or out of the support and is identically 0 on supports of one id; `policy` is not."""
     support: Support = Support.STUDENT
@@ -80,6 +82,8 @@ class ObjectiveConfig(BaseModel):
     def _refuse_contradictions(self) -> Self:
         if self.kind is ObjectiveKind.SAMPLED_TOKEN:
             self._refuse_ignored(_TOP_K_ONLY, "kind=sampled_token looks at one token and has no support")
+        elif self.kind is ObjectiveKind.FULL_VOCABULARY:
+            self._refuse_ignored(_TOP_K_ONLY, "kind=full_vocabulary looks at every token and has no support")
         elif self.gradient is GradientForm.EXACT:
             if not self.renormalize:
                 raise ValueError(

@@ -38,6 +38,8 @@ class LossInputs:
     student_sampled_logprobs_T: Tensor | None = None
     """Of the sampled token, by the student as it is now, with gradient."""
     teacher_sampled_logprobs_T: Tensor | None = None
+    full_reverse_kl_T: Tensor | None = None
+    """Over the whole vocabulary, with gradient."""
     rollout_logprobs_T: Tensor | None = None
     """Of the sampled token, under the sampler that drew it."""
     rollout_num_positions_T: Tensor | None = None
@@ -86,6 +88,11 @@ class Objective(Protocol):
     @property
     def needs_sampled(self) -> bool:
         """Student, teacher and rollout log-probs of the sampled token."""
+        ...
+
+    @property
+    def needs_full_vocabulary(self) -> bool:
+        """The reverse KL over the whole vocabulary, for which the teacher's hidden states and head are needed."""
         ...
 
     def __call__(self, inputs: LossInputs) -> LossOutput:

@@ -3,6 +3,7 @@
 from services.trainer.objectives.aggregation import Reduction
 from services.trainer.objectives.config import ObjectiveConfig, ObjectiveKind
 from services.trainer.objectives.contract import Objective
+from services.trainer.objectives.full_vocabulary import FullVocabularyObjective
 from services.trainer.objectives.sampled_token import SampledTokenObjective
 from services.trainer.objectives.top_k import TopKObjective
 
@@ -21,3 +22,5 @@ def build_objective(config: ObjectiveConfig) -> Objective:
             )
         case ObjectiveKind.SAMPLED_TOKEN:
             return SampledTokenObjective(reduction=reduction)
+        case ObjectiveKind.FULL_VOCABULARY:
+            return FullVocabularyObjective(reduction=reduction)

@@ -38,6 +38,10 @@ class SampledTokenObjective:
     def needs_sampled(self) -> bool:
         return True
 
+    @property
+    def needs_full_vocabulary(self) -> bool:
+        return False
+
     def __call__(self, inputs: LossInputs) -> LossOutput:
         student_T = inputs.require("student_sampled_logprobs_T")
         teacher_T = inputs.require("teacher_sampled_logprobs_T")

@@ -44,6 +44,10 @@ class TopKObjective:
     def needs_sampled(self) -> bool:
         return self.reduction.staleness_cap is not None
 
+    @property
+    def needs_full_vocabulary(self) -> bool:
+        return False
+
     def __call__(self, inputs: LossInputs) -> LossOutput:
         student_TK, teacher_TK = inputs.require("student_logprobs_TK"), inputs.require("teacher_logprobs_TK")
         mask_TK = inputs.require("support_mask_TK") & inputs.valid_T.unsqueeze(-1)

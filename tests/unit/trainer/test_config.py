@@ -50,6 +50,10 @@ def test_defaults_are_those_of_table_2() -> None:
         ("data.overlong=cut", r"^data\.overlong='cut': input should be 'filter' or 'refuse'$"),
         ("data.files=[]", r"^data\.files=\[\]: is empty; give the files that hold the prompts$"),
         ("evaluation.every_steps=5", r"^evaluation\.every_steps=5 has nothing to evaluate on; set evaluation\.files$"),
+        (
+            "objective.kind=full_vocabulary",
+            r"^objective\.kind=full_vocabulary with teacher\.url=.*over gRPC alone; set",
+        ),
         ("objective.renormalize=false", r"objective\.renormalize=false with gradient=exact is no divergence"),
     ],
 )

@@ -123,7 +123,7 @@ def test_neighbours_with_other_wants_and_temperatures_keep_their_own(engine: Tra
 
 
 def test_batch_invariant_repeats_are_bit_equal_whatever_runs_beside_them(engine: TransformersEngine) -> None:
-    request = replace(full_request(6), batch_invariant=True)
+    request = replace(full_request(6), batch_invariant=True, wants_hidden_states=True)
     others = [full_request(seed, num_response=9) for seed in range(20, 24)]
     (first,) = scored(engine, request)
     second = scored(engine, *others, request)[-1]

@@ -1,0 +1,132 @@
+"""Student against teacher over the whole vocabulary, from hidden states and heads, in bounded memory (eq 4).
+
+T rows, D defined ids, H and G hidden sizes of student and teacher, which need not be equal, K ids. Each chunk of rows
+is recomputed on the way back, so that at most one [row_chunk, D] block of logits of each model is alive at any time.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from opd.errors import InvalidRequestError
+from opd.ops.head import OutputHead, row_slices
+from opd.ops.rows import DEFAULT_ROW_CHUNK, logprobs_at
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FullVocabularyScores:
+    """T positions, with gradient in the student's hidden states and head; fp32 or better."""
+
+    reverse_kl_T: Tensor
+    """KL(student || teacher) in nats over all defined ids."""
+    student_logprobs_TK: Tensor
+    """At the ids that were given, NaN at `PAD_ID`."""
+
+
+def full_reverse_kl(
+    student_hidden_TH: Tensor,
+    student_head: OutputHead,
+    teacher_hidden_TG: Tensor,
+    teacher_head: OutputHead,
+    ids_TK: Tensor,
+    *,
+    num_defined_ids: int,
+    student_temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+    row_chunk: int = DEFAULT_ROW_CHUNK,
+) -> FullVocabularyScores:
+    """Sum over all defined ids v of p(v) (log p(v) - log q(v)), p the student and q the teacher.
+
+    Gradient with respect to a student logit: p(v) (log p(v) / q(v) - KL) / student_temperature. The teacher gets none.
+    Raises `InvalidRequestError` if rows or settings do not fit.
+    """
+    num_rows = student_hidden_TH.shape[0]
+    if teacher_hidden_TG.shape[0] != num_rows or ids_TK.shape[0] != num_rows:
+        raise InvalidRequestError(
+            f"teacher_hidden_TG has {teacher_hidden_TG.shape[0]} rows and ids_TK {ids_TK.shape[0]} for {num_rows} "
+            "hidden rows of the student"
+        )
+    student_head = defined_head(student_head, num_defined_ids)
+    teacher_head = defined_head(teacher_head, num_defined_ids)
+    _check_temperature(student_temperature)
+    _check_temperature(teacher_temperature)
+    chunk = partial(_chunk_scores, student_head, teacher_head, student_temperature, teacher_temperature)
+    parts = [
+        checkpoint(chunk, *inputs, use_reentrant=False, preserve_rng_state=False)
+        if torch.is_grad_enabled()
+        else chunk(*inputs)
+        for rows in row_slices(num_rows, row_chunk)
+        for inputs in [(student_hidden_TH[rows], teacher_hidden_TG[rows], ids_TK[rows])]
+    ]
+    return FullVocabularyScores(
+        reverse_kl_T=torch.cat([kl_C for kl_C, _ in parts]),
+        student_logprobs_TK=torch.cat([logprobs_CK for _, logprobs_CK in parts]),
+    )
+
+
+def full_logprobs(
+    hidden_TH: Tensor,
+    head: OutputHead,
+    *,
+    num_defined_ids: int,
+    temperature: float = 1.0,
+    row_chunk: int = DEFAULT_ROW_CHUNK,
+) -> Iterator[Tensor]:
+    """Log-probs over all defined ids, blocks of at most `row_chunk` rows [C, D] in order; fp32 or better.
+
+    With the hidden states and the head of a teacher these are the teacher's own log-probs.
+    """
+    head = defined_head(head, num_defined_ids)
+    _check_temperature(temperature)
+    for rows in row_slices(hidden_TH.shape[0], row_chunk):
+        yield _logprobs(as_stored(hidden_TH[rows], head.weight_VH.dtype), head, temperature)
+
+
+def defined_head(head: OutputHead, num_defined_ids: int) -> OutputHead:
+    """The rows of the head that stand for a token; `InvalidRequestError` when it has fewer."""
+    if not 1 <= num_defined_ids <= head.num_rows:
+        raise InvalidRequestError(f"num_defined_ids={num_defined_ids} is outside 1..{head.num_rows} head rows")
+    bias_D = None if head.bias_V is None else head.bias_V[:num_defined_ids]
+    return replace(head, weight_VH=head.weight_VH[:num_defined_ids], bias_V=bias_D)
+
+
+def as_stored(hidden_TH: Tensor, dtype: torch.dtype) -> Tensor:
+    """Hidden states in the head's dtype where that loses nothing, as they were before they were widened to travel.
+
+    So a low-precision product is the very one the teacher computes, and the weight is not widened for it.
+    """
+    if dtype.itemsize >= hidden_TH.dtype.itemsize:
+        return hidden_TH
+    narrow_TH = hidden_TH.to(dtype)
+    return narrow_TH if torch.equal(narrow_TH.to(hidden_TH.dtype), hidden_TH) else hidden_TH
+
+
+def _chunk_scores(
+    student_head: OutputHead,
+    teacher_head: OutputHead,
+    student_temperature: float,
+    teacher_temperature: float,
+    student_hidden_CH: Tensor,
+    teacher_hidden_CG: Tensor,
+    ids_CK: Tensor,
+) -> tuple[Tensor, Tensor]:
+    student_CD = _logprobs(student_hidden_CH, student_head, student_temperature)
+    with torch.no_grad():
+        stored_CG = as_stored(teacher_hidden_CG, teacher_head.weight_VH.dtype)
+        teacher_CD = _logprobs(stored_CG, teacher_head, teacher_temperature)
+    kl_C = (student_CD.exp() * (student_CD - teacher_CD)).sum(dim=-1)
+    return kl_C, logprobs_at(student_CD, student_CD.new_zeros(student_CD.shape[0]), ids_CK)
+
+
+def _logprobs(hidden_CH: Tensor, head: OutputHead, temperature: float) -> Tensor:
+    logits_CD = head.logits(hidden_CH)
+    return (logits_CD / temperature if temperature != 1.0 else logits_CD).log_softmax(dim=-1)
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise InvalidRequestError(f"temperature={temperature} must be positive; 1.0 leaves logits as they are")
