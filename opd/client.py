@@ -140,7 +140,7 @@ class _QueueTransport:
             timeout_ms=request.timeout_ms,
             body=encode_request(request),
         )
-        return decode_reply(reply)
+        return decode_reply(reply, request)
 
     async def info(self) -> TeacherInfo:
         pool = await resolve_pool(self._connection, self._teacher)

@@ -67,7 +67,7 @@ class GrpcScoreClient:
                 f"{self._max_message_bytes}; send fewer candidates or a shorter rollout"
             )
         response = await self._call("Score", message, request.timeout_ms / 1000)
-        return reply_from_proto(response.reply)
+        return reply_from_proto(response.reply, request.candidate_token_ids)
 
     async def close(self) -> None:
         """Ends the channel; calls under way are cancelled."""

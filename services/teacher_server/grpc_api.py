@@ -58,7 +58,7 @@ class TeacherServicer(pb_grpc.TeacherServiceServicer):
     async def _score(self, message: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
         request = request_from_proto(message)
         reply = await self._slot.get().score(request, patience_s=context.time_remaining())
-        return pb.ScoreResponse(reply=reply_to_proto(reply, request.encoding))
+        return pb.ScoreResponse(reply=reply_to_proto(reply, request.encoding, request.candidate_token_ids))
 
 
 class GrpcServer:

@@ -175,7 +175,7 @@ class QueueIntake:
                 age_s=delivery.age_ms / 1000,
                 patience_s=delivery.remaining_ms / 1000,
             )
-            return encode_reply(reply, request.encoding)
+            return encode_reply(reply, request)
         except OpdError as error:
             return error
         except Exception:
