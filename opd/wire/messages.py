@@ -67,6 +67,18 @@ def decode_info(body: bytes) -> TeacherInfo:
     return info_from_proto(_parse(pb.GetInfoResponse(), body))
 
 
+def check_message_size(rollout_id: str, num_bytes: int, max_bytes: int) -> None:
+    """Raises InvalidRequestError with both numbers for a message above the limit a teacher publishes; 0 is no limit.
+
+    Both sides ask it before they send, so that nothing is transported only to be refused.
+    """
+    if max_bytes and num_bytes > max_bytes:
+        raise InvalidRequestError(
+            f"rollout {rollout_id}: {num_bytes} bytes, a message holds {max_bytes}; send fewer candidates, ask for a "
+            "smaller top-k or float16, or raise grpc.max_message_bytes of the teacher"
+        )
+
+
 def content_key(request: ScoreRequest, teacher_fingerprint: str) -> bytes:
     """Hash of content, wants and teacher: equal keys have equal scores. For caching only, never for identity."""
     message = request_to_proto(request)
