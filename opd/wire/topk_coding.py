@@ -25,11 +25,12 @@ def encode_topk(scores: Scores, candidate_ids_RK: Ids, encoding: Encoding) -> pb
     assert scores.topk_token_ids is not None and scores.topk_logprobs is not None
     assert scores.candidate_logprobs is not None
     topk_ids_Rk, topk_Rk = scores.topk_token_ids, scores.topk_logprobs
-    place_RK, is_member_RK = _find(candidate_ids_RK, topk_ids_Rk)
-    is_member_RK &= np.take_along_axis(topk_Rk, place_RK, axis=1) == scores.candidate_logprobs
+    rows, columns, places = _find_shared(candidate_ids_RK, topk_ids_Rk)
+    is_same = scores.candidate_logprobs[rows, columns] == topk_Rk[rows, places]
+    is_member_RK = np.zeros(candidate_ids_RK.shape, np.bool_)
+    is_member_RK[rows[is_same], columns[is_same]] = True
     is_other_Rk = topk_ids_Rk != PAD_ID
-    rows, columns = np.nonzero(is_member_RK)
-    is_other_Rk[rows, place_RK[rows, columns]] = False
+    is_other_Rk[rows[is_same], places[is_same]] = False
     has_topk_R = (topk_ids_Rk != PAD_ID).all(axis=1)
     message = pb.TopkByCandidates(
         k=topk_ids_Rk.shape[1],
@@ -83,8 +84,7 @@ def decode_topk(
     is_other_Rk = ~is_member_Rk & has_topk_R[:, None]
     ids_Rk[is_member_Rk], ids_Rk[is_other_Rk] = candidate_ids_RK[is_member_RK], other_ids_N
     logprobs_Rk[is_member_Rk], logprobs_Rk[is_other_Rk] = candidate_logprobs_RK[is_member_RK], others_N
-    order_Rk = np.lexsort((ids_Rk, -logprobs_Rk), axis=1)
-    return np.take_along_axis(ids_Rk, order_Rk, axis=1), np.take_along_axis(logprobs_Rk, order_Rk, axis=1)
+    return _in_order(ids_Rk, logprobs_Rk)
 
 
 def _bounded_k(message: pb.TopkByCandidates, num_rows: int) -> int:
@@ -120,23 +120,36 @@ def _masks(
     return is_member_RK, arrays.decode_mask(message.rows, "topk_by_candidates.rows", 1)
 
 
-def _find(candidate_ids_RK: Ids, topk_ids_Rk: Ids) -> tuple[NDArray[np.intp], Mask]:
-    """Where in the top-k each candidate stands, and whether it does; of repeated candidates only one does."""
-    num_rows, num_candidates = candidate_ids_RK.shape
-    k = topk_ids_Rk.shape[1]
-    place_RK = np.zeros(candidate_ids_RK.shape, np.intp)
-    is_member_RK = np.zeros(candidate_ids_RK.shape, np.bool_)
-    if not (num_rows and num_candidates and k):
-        return place_RK, is_member_RK
-    # Row and id in one number, so that one search in one sorted list does for all rows.
-    base_R1 = np.arange(num_rows, dtype=np.int64)[:, None] << 32
-    topk_keys, candidate_keys = (base_R1 + topk_ids_Rk).ravel(), (base_R1 + candidate_ids_RK).ravel()
-    order = np.argsort(topk_keys)
-    found = np.minimum(np.searchsorted(topk_keys, candidate_keys, sorter=order), topk_keys.size - 1)
-    where = order[found]
-    is_member = (topk_keys[where] == candidate_keys) & (candidate_ids_RK.ravel() != PAD_ID)
-    first = np.zeros(candidate_keys.size, np.bool_)
-    first[np.unique(candidate_keys, return_index=True)[1]] = True
-    place_RK.ravel()[is_member] = where[is_member] % k
-    is_member_RK.ravel()[is_member & first] = True
-    return place_RK, is_member_RK
+def _find_shared(
+    candidate_ids_RK: Ids, topk_ids_Rk: Ids
+) -> tuple[NDArray[np.intp], NDArray[np.int64], NDArray[np.int64]]:
+    """Row, candidate column and place in the top-k of each id that stands in both; no column and no place twice.
+
+    Ids are sorted row by row with candidates before top-k among equals: what is in both are then neighbours.
+    """
+    num_candidates = candidate_ids_RK.shape[1]
+    ids = np.concatenate([candidate_ids_RK, topk_ids_Rk], axis=1).astype(np.int64)
+    keys = np.sort(ids << 32 | np.arange(ids.shape[1]), axis=1)
+    ids, tags = keys >> 32, keys & 0xFFFFFFFF
+    is_pair = (ids[:, :-1] == ids[:, 1:]) & (tags[:, :-1] < num_candidates) & (tags[:, 1:] >= num_candidates)
+    rows, at = np.nonzero(is_pair & (ids[:, 1:] != PAD_ID))
+    return rows, tags[rows, at], tags[rows, at + 1] - num_candidates
+
+
+def _in_order(ids_Rk: Ids, logprobs_Rk: Floats) -> tuple[Ids, Floats]:
+    """Rows sorted by log-prob downwards, then by id upwards; rows of NaN stay what they are.
+
+    Both go into one number, whose bits sort as the pair does: many times faster than sorting by two keys.
+    """
+    # Subtracting makes one zero of both zeros, so that they count as equal.
+    bits = (np.float32(0) - logprobs_Rk).view(np.uint32)
+    keys = _flipped(bits, bits >> 31 != 0).astype(np.uint64) << np.uint64(32) | ids_Rk.view(np.uint32)
+    keys.sort(axis=1)
+    high = (keys >> np.uint64(32)).astype(np.uint32)
+    bits = _flipped(high, high >> 31 == 0)
+    return (keys & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32), np.float32(0) - bits.view(np.float32)
+
+
+def _flipped(bits: NDArray[np.uint32], flips_all: Mask) -> NDArray[np.uint32]:
+    """Bits of floats as integers of the same order, and back: negative ones have all bits flipped, others the sign."""
+    return bits ^ np.where(flips_all, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))

@@ -86,9 +86,18 @@ def test_only_those_that_are_no_candidates_travel() -> None:
     logprobs = np.log(np.array([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]], np.float32))
     candidates = np.array([[0, 2, PAD_ID], [3, 3, 0]], np.int32)
     message = encode_topk(make_scores(logprobs, candidates, 2), candidates, Encoding.FLOAT32)
-    assert arrays.decode_mask(message.members, "m", 2).tolist() == [[True, False, False], [True, False, False]]
+    assert arrays.decode_mask(message.members, "m", 2).tolist() == [[True, False, False], [False, True, False]]
     assert arrays.decode_ids(message.other_token_ids, "o", 1).tolist() == [1, 2]
     assert not message.HasField("rows")
+
+
+def test_both_zeros_are_equal_and_a_log_prob_rounded_above_zero_comes_first() -> None:
+    # A normaliser in fp32 can leave 1e-7 above 0 where one token has all the mass.
+    logprobs = np.array([[-1.0, 0.0, -0.0, 1e-7]], np.float32)
+    candidates = np.array([[1, 0]], np.int32)
+    ids, values = round_trip(make_scores(logprobs, candidates, 4), candidates)
+    assert ids.tolist() == [[3, 1, 2, 0]]
+    np.testing.assert_array_equal(values, logprobs[:, [3, 1, 2, 0]])
 
 
 def test_a_candidate_scored_differently_from_the_top_k_travels_with_both_values() -> None:
