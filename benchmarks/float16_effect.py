@@ -2,7 +2,8 @@
 
 `.venv/bin/python -m benchmarks.float16_effect` takes the bundled student through a few steps towards the bundled
 teacher, once on float32 and once on float16 scores, and compares at the start, at the end of both, and in the limit,
-where the student is the teacher and only rounding is left of the loss. `docs/decisions/0006-bytes-on-the-wire.md` reads the result.
+where the student is the teacher and only rounding is left of the loss. What follows from the result stands in
+`docs/decisions/0006-bytes-on-the-wire.md`.
 """
 
 import argparse
