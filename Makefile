@@ -22,12 +22,13 @@ demo: $(READY)        ## distil the bundled student from the bundled teacher (SE
 test: lint            ## lint, types and every test, with a real Redis and real gRPC
 	$(BIN)/python -m pytest
 
-lint: $(READY)        ## ruff, strict types on opd/, spelling, generated code up to date
+lint: $(READY)        ## ruff, strict types on opd/, spelling, generated code and schema
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
 	scripts/generate_proto.sh --check
+	scripts/check_proto.sh
 
 format: $(READY)      ## let ruff format and sort the code
 	$(BIN)/ruff check --fix .
@@ -37,4 +38,4 @@ proto: $(READY)       ## generate opd/wire/pb from proto/
 	scripts/generate_proto.sh
 
 clean:                ## remove what was made here, .venv included
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .buf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

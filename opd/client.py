@@ -27,14 +27,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
-from opd.errors import ConfigError, InvalidRequestError, OpdError, QueueUnavailableError, UnsupportedError
+from opd.errors import (
+    ConfigError,
+    InvalidRequestError,
+    OpdError,
+    QueueUnavailableError,
+    TeacherUnavailableError,
+    UnsupportedError,
+)
 from opd.head_cache import DEFAULT_FOLDER, HeadCache
 from opd.queue.connection import QueueConnection, hide_password
 from opd.queue.pools import read_info, resolve_pool
 from opd.queue.score_client import ClientRules, ClientStats, QueueScoreClient
 from opd.retry import RetryRules, retry
 from opd.types import OutputHeadFile, ScoreReply, ScoreRequest, TeacherInfo
-from opd.wire.messages import decode_info, decode_reply, encode_request
+from opd.wire.messages import check_message_size, decode_info, decode_reply, encode_request
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -134,6 +141,7 @@ class _QueueTransport:
         self._connection = QueueConnection(url, patience_s=patience_s, max_connections=1)
         self._pool = ""
         self._client: QueueScoreClient | None = None
+        self._max_message_bytes: int | None = None
         self.stats = ClientStats()
 
     async def open(self) -> None:
@@ -150,19 +158,20 @@ class _QueueTransport:
                 f"rollout {request.rollout_id}: wants_hidden_states=True, and hidden states never go through the "
                 "queue; connect to a grpc:// address of the teacher"
             )
-        reply = await self._opened().score(
-            rollout_id=request.rollout_id,
-            num_tokens=request.num_tokens,
-            timeout_ms=request.timeout_ms,
-            body=encode_request(request),
+        client, body = self._opened(), encode_request(request)
+        check_message_size(request.rollout_id, len(body), await self._message_limit())
+        reply = await client.score(
+            rollout_id=request.rollout_id, num_tokens=request.num_tokens, timeout_ms=request.timeout_ms, body=body
         )
-        return decode_reply(reply)
+        return decode_reply(reply, request)
 
     async def info(self) -> TeacherInfo:
         pool = await resolve_pool(self._connection, self._teacher)
         if pool != self._pool and self._opened().num_open == 0:
             await self._move(pool)
-        return decode_info(await read_info(self._connection, self._pool))
+        info = decode_info(await read_info(self._connection, self._pool))
+        self._max_message_bytes = info.max_message_bytes
+        return info
 
     async def output_head(self, folder: Path) -> OutputHeadFile:
         raise UnsupportedError("output head: is not in the queue; connect to a grpc:// address of the teacher")
@@ -182,10 +191,20 @@ class _QueueTransport:
             self._url, pool=pool, tenant=self._tenant, rules=self._rules, patience_s=self._patience_s
         )
         client.stats = self.stats
-        self._client, self._pool = client, pool
+        self._client, self._pool, self._max_message_bytes = client, pool, None
         if before is not None:
             _log.info("teacher %s is now served by pool %s", self._teacher, pool)
             await before.close()
+
+    async def _message_limit(self) -> int:
+        """As the pool publishes it; 0 while no replica ever did, whose own refusal then has to do."""
+        if self._max_message_bytes is None:
+            try:
+                info = decode_info(await read_info(self._connection, self._pool))
+            except TeacherUnavailableError:
+                return 0
+            self._max_message_bytes = info.max_message_bytes
+        return self._max_message_bytes
 
     def _opened(self) -> QueueScoreClient:
         if self._client is None:

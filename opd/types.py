@@ -113,7 +113,8 @@ class Scores:
     candidate_logprobs: Floats | None = None
     """[R, K]; NaN where the candidate id was `PAD_ID`."""
     topk_token_ids: Ids | None = None
-    """[R, k] the teacher's k most likely ids, most likely first, ties to the lower id."""
+    """[R, k] the teacher's k most likely ids, most likely first, ties to the lower id; the set is exact, and ids whose
+    log-probs float16 made equal count as ties."""
     topk_logprobs: Floats | None = None
     """[R, k]"""
     entropy: Floats | None = None

@@ -341,7 +341,9 @@ class QueueScoreClient:
         if isinstance(frame, bytes):
             return open_frame(frame)
         limit = self.rules.max_reply_bytes
-        return InternalError(f"rollout_id={rollout_id}: reply of {frame} bytes is above the limit of {limit}; raise it")
+        return InvalidRequestError(
+            f"rollout_id={rollout_id}: reply of {frame} bytes is above the limit of {limit}; ask for less or raise it"
+        )
 
     async def _reconcile(self) -> None:
         """Asks what became of every admitted rollout: answered ones are fetched, lost ones submitted again."""

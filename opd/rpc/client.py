@@ -12,12 +12,12 @@ from typing import Any, Self
 
 import grpc
 
-from opd.errors import ConfigError, InvalidRequestError, TeacherUnavailableError
+from opd.errors import ConfigError, TeacherUnavailableError
 from opd.rpc.status import error_from_rpc
 from opd.types import ScoreReply, ScoreRequest, TeacherInfo
 from opd.wire.chunks import ReplyAssembly
 from opd.wire.heads import HeadPart, head_part
-from opd.wire.messages import info_from_proto, reply_from_proto, request_to_proto
+from opd.wire.messages import check_message_size, info_from_proto, reply_from_proto, request_to_proto
 from opd.wire.pb import teacher_pb2 as pb
 from opd.wire.pb.teacher_pb2_grpc import TeacherServiceStub
 
@@ -45,6 +45,8 @@ class GrpcScoreClient:
         if not self._target or ("://" in self._target and ":///" not in self._target):
             raise ConfigError(f"target={target!r}: is no gRPC address; give host:port or grpc://host:port")
         self._max_message_bytes = max_message_bytes
+        self._knows_limit = False
+        self._first_info = asyncio.Lock()
         self._channel: Any = None
         self._stub: Any = None
 
@@ -60,22 +62,20 @@ class GrpcScoreClient:
         """The handshake of whichever replica answers; its message limit is kept to from then on."""
         response = await self._call("GetInfo", pb.GetInfoRequest(), _INFO_TIMEOUT_S)
         info = info_from_proto(response)
+        self._knows_limit = True
         if info.max_message_bytes:
             self._max_message_bytes = min(self._max_message_bytes, info.max_message_bytes)
         return info
 
     async def score(self, request: ScoreRequest) -> ScoreReply:
         """Raises the typed error of the server, or of the way there; hidden states come in a stream."""
+        await self._learn_limit()
         message = request_to_proto(request)
-        if message.ByteSize() > self._max_message_bytes:
-            raise InvalidRequestError(
-                f"rollout {request.rollout_id}: {message.ByteSize()} bytes, a message holds "
-                f"{self._max_message_bytes}; send fewer candidates or a shorter rollout"
-            )
+        check_message_size(request.rollout_id, message.ByteSize(), self._max_message_bytes)
         if request.wants_hidden_states:
             return await self._score_stream(request, message)
         response = await self._call("Score", message, request.timeout_ms / 1000)
-        return reply_from_proto(response.reply)
+        return reply_from_proto(response.reply, request.candidate_token_ids)
 
     async def output_head(self, offset_bytes: int = 0) -> AsyncGenerator[HeadPart, None]:
         """The output head from a byte of its weight on; for `opd.head_cache`, which keeps it whole on disk."""
@@ -99,6 +99,14 @@ class GrpcScoreClient:
         channel, self._channel, self._stub = self._channel, None, None
         if channel is not None:
             await channel.close()
+
+    async def _learn_limit(self) -> None:
+        """Asks once, whoever comes first; a message over the limit is then never sent."""
+        if self._knows_limit:
+            return
+        async with self._first_info:
+            if not self._knows_limit:
+                await self.info()
 
     async def _call(self, method: str, message: Any, timeout_s: float) -> Any:
         try:

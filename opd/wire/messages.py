@@ -12,9 +12,10 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from opd.errors import InvalidRequestError, OpdError, from_code
-from opd.types import Capability, Encoding, Floats, Normalizer, ScoreReply, ScoreRequest, Scores, TeacherInfo
+from opd.types import Capability, Encoding, Floats, Ids, Normalizer, ScoreReply, ScoreRequest, Scores, TeacherInfo
 from opd.wire import arrays
 from opd.wire.pb import teacher_pb2 as pb
+from opd.wire.topk_coding import can_encode_topk, decode_topk, encode_topk
 
 _M = TypeVar("_M", bound=Message)
 _T = TypeVar("_T")
@@ -41,9 +42,9 @@ def decode_request(body: bytes) -> ScoreRequest:
     return request_from_proto(_parse(pb.ScoreRequest(), body))
 
 
-def encode_reply(reply: ScoreReply, encoding: Encoding = Encoding.FLOAT32) -> bytes:
-    """The queue body of an answer."""
-    return reply_to_proto(reply, encoding).SerializeToString()
+def encode_reply(reply: ScoreReply, request: ScoreRequest) -> bytes:
+    """The queue body of an answer, in the request's encoding and told by its candidates."""
+    return reply_to_proto(reply, request.encoding, request.candidate_token_ids).SerializeToString()
 
 
 def encode_error(rollout_id: str, error: OpdError) -> bytes:
@@ -51,9 +52,9 @@ def encode_error(rollout_id: str, error: OpdError) -> bytes:
     return error_to_proto(rollout_id, error).SerializeToString()
 
 
-def decode_reply(body: bytes) -> ScoreReply:
-    """The answer in a queue body; raises the OpdError that travelled when it is a refusal."""
-    return reply_from_proto(_parse(pb.ScoreReply(), body))
+def decode_reply(body: bytes, request: ScoreRequest) -> ScoreReply:
+    """The answer to `request` in a queue body; raises the OpdError that travelled when it is a refusal."""
+    return reply_from_proto(_parse(pb.ScoreReply(), body), request.candidate_token_ids)
 
 
 def encode_info(info: TeacherInfo) -> bytes:
@@ -64,6 +65,18 @@ def encode_info(info: TeacherInfo) -> bytes:
 def decode_info(body: bytes) -> TeacherInfo:
     """The handshake from Redis."""
     return info_from_proto(_parse(pb.GetInfoResponse(), body))
+
+
+def check_message_size(rollout_id: str, num_bytes: int, max_bytes: int) -> None:
+    """Raises InvalidRequestError with both numbers for a message above the limit a teacher publishes; 0 is no limit.
+
+    Both sides ask it before they send, so that nothing is transported only to be refused.
+    """
+    if max_bytes and num_bytes > max_bytes:
+        raise InvalidRequestError(
+            f"rollout {rollout_id}: {num_bytes} bytes, a message holds {max_bytes}; send fewer candidates, ask for a "
+            "smaller top-k or float16, or raise grpc.max_message_bytes of the teacher"
+        )
 
 
 def content_key(request: ScoreRequest, teacher_fingerprint: str) -> bytes:
@@ -130,15 +143,24 @@ def request_from_proto(message: pb.ScoreRequest) -> ScoreRequest:
     )
 
 
-def reply_to_proto(reply: ScoreReply, encoding: Encoding = Encoding.FLOAT32) -> pb.ScoreReply:
-    """Inverse of `reply_from_proto`, up to the rounding of `encoding`."""
+def reply_to_proto(
+    reply: ScoreReply, encoding: Encoding = Encoding.FLOAT32, candidate_token_ids: Ids | None = None
+) -> pb.ScoreReply:
+    """Inverse of `reply_from_proto`, up to the rounding of `encoding`.
+
+    With the request's candidate ids, [R, K] for the rows of this reply, the top-k is coded against them.
+    """
     scores, message = reply.scores, pb.Scores()
-    for name in ("sampled_logprobs", "candidate_logprobs", "topk_logprobs", "entropy"):
+    names = ["sampled_logprobs", "candidate_logprobs", "entropy"]
+    if candidate_token_ids is not None and can_encode_topk(scores, candidate_token_ids):
+        message.topk_by_candidates.CopyFrom(encode_topk(scores, candidate_token_ids, encoding))
+    elif scores.topk_token_ids is not None:
+        message.topk_token_ids.CopyFrom(arrays.encode_ids(scores.topk_token_ids))
+        names.append("topk_logprobs")
+    for name in names:
         values = getattr(scores, name)
         if values is not None:
             getattr(message, name).CopyFrom(arrays.encode_floats(values, encoding))
-    if scores.topk_token_ids is not None:
-        message.topk_token_ids.CopyFrom(arrays.encode_ids(scores.topk_token_ids))
     if scores.hidden_states is not None:
         message.hidden_states.CopyFrom(arrays.encode_exact(scores.hidden_states))
     return pb.ScoreReply(
@@ -164,22 +186,25 @@ def error_to_proto(rollout_id: str, error: OpdError) -> pb.ScoreReply:
     )
 
 
-def reply_from_proto(message: pb.ScoreReply) -> ScoreReply:
-    """Raises the OpdError that travelled when the message is a refusal."""
+def reply_from_proto(message: pb.ScoreReply, candidate_token_ids: Ids | None = None) -> ScoreReply:
+    """Raises the OpdError that travelled when the message is a refusal.
+
+    A reply whose top-k is coded against candidates needs the request's candidate ids, [R, K] for its rows.
+    """
     if message.WhichOneof("outcome") == "error":
         error = message.error
         raise from_code(error.code, error.message, error.retry_after_ms / 1000 if error.retry_after_ms else None)
     scores = message.scores
+    candidate_logprobs = _optional_floats(scores, "candidate_logprobs", 2)
+    topk_token_ids, topk_logprobs = _topk(scores, candidate_token_ids, candidate_logprobs)
     return ScoreReply(
         rollout_id=message.rollout_id,
         teacher_fingerprint=message.teacher_fingerprint,
         scores=Scores(
             sampled_logprobs=_optional_floats(scores, "sampled_logprobs", 1),
-            candidate_logprobs=_optional_floats(scores, "candidate_logprobs", 2),
-            topk_token_ids=arrays.decode_ids(scores.topk_token_ids, "topk_token_ids", 2)
-            if scores.HasField("topk_token_ids")
-            else None,
-            topk_logprobs=_optional_floats(scores, "topk_logprobs", 2),
+            candidate_logprobs=candidate_logprobs,
+            topk_token_ids=topk_token_ids,
+            topk_logprobs=topk_logprobs,
             entropy=_optional_floats(scores, "entropy", 1),
             hidden_states=arrays.decode_exact(scores.hidden_states, "hidden_states", 2)
             if scores.HasField("hidden_states")
@@ -250,6 +275,18 @@ def info_from_proto(message: pb.GetInfoResponse) -> TeacherInfo:
 
 def _optional_floats(scores: pb.Scores, name: str, num_dims: int) -> Floats | None:
     return arrays.decode_floats(getattr(scores, name), name, num_dims) if name in _present(scores) else None
+
+
+def _topk(
+    scores: pb.Scores, candidate_ids: Ids | None, candidate_logprobs: Floats | None
+) -> tuple[Ids | None, Floats | None]:
+    if not scores.HasField("topk_by_candidates"):
+        has_ids = scores.HasField("topk_token_ids")
+        ids = arrays.decode_ids(scores.topk_token_ids, "topk_token_ids", 2) if has_ids else None
+        return ids, _optional_floats(scores, "topk_logprobs", 2)
+    if candidate_ids is None:
+        raise InvalidRequestError("topk_by_candidates: the request had no candidates; send topk_token_ids plainly")
+    return decode_topk(scores.topk_by_candidates, candidate_ids, candidate_logprobs)
 
 
 def _present(message: Message) -> set[str]:

@@ -19,7 +19,7 @@ from opd.rpc.client import KEEPALIVE_TIME_S
 from opd.rpc.status import STATUS, trailing_metadata
 from opd.wire.chunks import split_reply
 from opd.wire.heads import head_messages
-from opd.wire.messages import info_to_proto, reply_to_proto, request_from_proto
+from opd.wire.messages import check_message_size, info_to_proto, reply_to_proto, request_from_proto
 from opd.wire.pb import teacher_pb2 as pb
 from opd.wire.pb import teacher_pb2_grpc as pb_grpc
 from services.teacher_server.config import GrpcSettings
@@ -81,7 +81,9 @@ class TeacherServicer(pb_grpc.TeacherServiceServicer):
     async def _score(self, message: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
         request = request_from_proto(message)
         reply = await self._slot.get().score(request, patience_s=context.time_remaining())
-        return pb.ScoreResponse(reply=reply_to_proto(reply, request.encoding))
+        response = pb.ScoreResponse(reply=reply_to_proto(reply, request.encoding, request.candidate_token_ids))
+        check_message_size(request.rollout_id, response.ByteSize(), self._slot.get().info().max_message_bytes)
+        return response
 
     async def _score_stream(self, message: pb.ScoreStreamRequest, context: Any) -> Iterator[pb.ScoreStreamResponse]:
         request = request_from_proto(message.request)

@@ -15,7 +15,7 @@ from opd.errors import InternalError, InvalidRequestError, OpdError, QueueUnavai
 from opd.queue.connection import QueueConnection
 from opd.queue.score_consumer import Delivery, LeaseRules, ScoreConsumer
 from opd.types import ScoreRequest
-from opd.wire.messages import decode_request, encode_info, encode_reply
+from opd.wire.messages import check_message_size, decode_request, encode_info, encode_reply
 from services.teacher_server.batcher import Intake
 from services.teacher_server.config import TeacherConfig
 from services.teacher_server.readiness import Part, Readiness
@@ -42,6 +42,7 @@ class QueueIntake:
         self._stall_s = config.stall_s
         self._batch_tokens = config.batching.max_batch_tokens
         self._info = encode_info(info)
+        self._max_message_bytes = info.max_message_bytes
         rules = LeaseRules(
             lease_ms=int(1000 * queue.lease_s),
             max_deliveries=queue.max_deliveries,
@@ -175,7 +176,9 @@ class QueueIntake:
                 age_s=delivery.age_ms / 1000,
                 patience_s=delivery.remaining_ms / 1000,
             )
-            return encode_reply(reply, request.encoding)
+            body = encode_reply(reply, request)
+            check_message_size(request.rollout_id, len(body), self._max_message_bytes)
+            return body
         except OpdError as error:
             return error
         except Exception:

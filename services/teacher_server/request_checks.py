@@ -117,7 +117,8 @@ def _check_capabilities(request: ScoreRequest, info: TeacherInfo) -> None:
 
 def _check_row_size(request: ScoreRequest, info: TeacherInfo) -> None:
     """What is streamed may be long; only a single row has to fit in a message."""
-    num_bytes = reply_bytes(replace(request, response_token_ids=request.response_token_ids[:1]))
+    first = replace(request, response_token_ids=request.response_token_ids[:1])
+    num_bytes = reply_bytes(first, info.num_defined_ids)
     num_bytes += 4 * info.hidden_size * request.wants_hidden_states
     if num_bytes > info.max_message_bytes:
         raise _invalid(
@@ -136,7 +137,7 @@ def _check_one_message(request: ScoreRequest) -> None:
 
 
 def _check_reply_size(request: ScoreRequest, info: TeacherInfo) -> None:
-    num_bytes = reply_bytes(request)
+    num_bytes = reply_bytes(request, info.num_defined_ids)
     if num_bytes > info.max_message_bytes:
         raise _invalid(
             "response_token_ids",
@@ -145,14 +146,16 @@ def _check_reply_size(request: ScoreRequest, info: TeacherInfo) -> None:
         )
 
 
-def reply_bytes(request: ScoreRequest) -> int:
-    """Upper bound of the encoded answer's size."""
+def reply_bytes(request: ScoreRequest, num_defined_ids: int) -> int:
+    """Upper bound of the encoded answer's size, however much of the top-k the candidates say already."""
     candidates = request.candidate_token_ids
     num_candidates = 0 if candidates is None else candidates.shape[1]
     num_floats = request.wants_sampled + request.wants_entropy + num_candidates + request.score_top_k
     float_bytes = 2 if request.encoding is Encoding.FLOAT16 else 4
-    row_bytes = num_floats * float_bytes + request.score_top_k * 4
-    return int(request.response_token_ids.size) * row_bytes + _REPLY_OVERHEAD_BYTES
+    # Packed ids, and one bit that says whether a candidate is in the top-k.
+    id_bits = request.score_top_k * num_defined_ids.bit_length() + num_candidates
+    row_bits = 8 * num_floats * float_bytes + id_bits
+    return int(request.response_token_ids.size) * row_bits // 8 + _REPLY_OVERHEAD_BYTES
 
 
 def _check_range(name: str, ids: NDArray[np.int32], num_defined_ids: int, *, can_pad: bool = False) -> None:

@@ -65,7 +65,8 @@ class Replica:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._engine_work: asyncio.Future[GuardedEngine] | None = None
         self._scoring: TeacherScoring | None = None
-        self._grpc = GrpcServer(config.grpc, self._slot, self._readiness, chunk_bytes=config.hidden_states.chunk_bytes)
+        chunk_bytes = min(config.hidden_states.chunk_bytes, config.grpc.max_message_bytes // 2)
+        self._grpc = GrpcServer(config.grpc, self._slot, self._readiness, chunk_bytes=chunk_bytes)
         self._http = HttpServer(create_app(self._slot, self._readiness, self._metrics, config.http), config.http)
         self._intake: QueueIntake | None = None
         self._tasks: dict[str, asyncio.Task[Any]] = {}

@@ -16,6 +16,7 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_BOOL: _ClassVar[DType]
     DTYPE_BFLOAT16: _ClassVar[DType]
     DTYPE_PACKED_IDS: _ClassVar[DType]
+    DTYPE_BITS: _ClassVar[DType]
 
 class Encoding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -34,6 +35,7 @@ DTYPE_FLOAT16: DType
 DTYPE_BOOL: DType
 DTYPE_BFLOAT16: DType
 DTYPE_PACKED_IDS: DType
+DTYPE_BITS: DType
 ENCODING_UNSPECIFIED: Encoding
 ENCODING_FLOAT32: Encoding
 ENCODING_FLOAT16: Encoding
@@ -95,20 +97,36 @@ class ScoreRequest(_message.Message):
     def __init__(self, rollout_id: _Optional[str] = ..., content_key: _Optional[bytes] = ..., attempt: _Optional[int] = ..., tenant: _Optional[str] = ..., teacher: _Optional[str] = ..., prompt_token_ids: _Optional[_Union[Array, _Mapping]] = ..., response_token_ids: _Optional[_Union[Array, _Mapping]] = ..., scored_rows: _Optional[_Union[Array, _Mapping]] = ..., candidate_token_ids: _Optional[_Union[Array, _Mapping]] = ..., score_top_k: _Optional[int] = ..., teacher_temperature: _Optional[float] = ..., normalizer: _Optional[_Union[Normalizer, str]] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., wants_sampled: bool = ..., wants_entropy: bool = ..., wants_hidden_states: bool = ..., batch_invariant: bool = ..., timeout_ms: _Optional[int] = ..., teacher_fingerprint: _Optional[str] = ...) -> None: ...
 
 class Scores(_message.Message):
-    __slots__ = ("sampled_logprobs", "candidate_logprobs", "topk_token_ids", "topk_logprobs", "entropy", "hidden_states")
+    __slots__ = ("sampled_logprobs", "candidate_logprobs", "topk_token_ids", "topk_logprobs", "entropy", "hidden_states", "topk_by_candidates")
     SAMPLED_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     CANDIDATE_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TOPK_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TOPK_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     ENTROPY_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
+    TOPK_BY_CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     sampled_logprobs: Array
     candidate_logprobs: Array
     topk_token_ids: Array
     topk_logprobs: Array
     entropy: Array
     hidden_states: Array
-    def __init__(self, sampled_logprobs: _Optional[_Union[Array, _Mapping]] = ..., candidate_logprobs: _Optional[_Union[Array, _Mapping]] = ..., topk_token_ids: _Optional[_Union[Array, _Mapping]] = ..., topk_logprobs: _Optional[_Union[Array, _Mapping]] = ..., entropy: _Optional[_Union[Array, _Mapping]] = ..., hidden_states: _Optional[_Union[Array, _Mapping]] = ...) -> None: ...
+    topk_by_candidates: TopkByCandidates
+    def __init__(self, sampled_logprobs: _Optional[_Union[Array, _Mapping]] = ..., candidate_logprobs: _Optional[_Union[Array, _Mapping]] = ..., topk_token_ids: _Optional[_Union[Array, _Mapping]] = ..., topk_logprobs: _Optional[_Union[Array, _Mapping]] = ..., entropy: _Optional[_Union[Array, _Mapping]] = ..., hidden_states: _Optional[_Union[Array, _Mapping]] = ..., topk_by_candidates: _Optional[_Union[TopkByCandidates, _Mapping]] = ...) -> None: ...
+
+class TopkByCandidates(_message.Message):
+    __slots__ = ("k", "members", "other_token_ids", "other_logprobs", "rows")
+    K_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    OTHER_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    OTHER_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    k: int
+    members: Array
+    other_token_ids: Array
+    other_logprobs: Array
+    rows: Array
+    def __init__(self, k: _Optional[int] = ..., members: _Optional[_Union[Array, _Mapping]] = ..., other_token_ids: _Optional[_Union[Array, _Mapping]] = ..., other_logprobs: _Optional[_Union[Array, _Mapping]] = ..., rows: _Optional[_Union[Array, _Mapping]] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("code", "message", "retryable", "retry_after_ms")

@@ -69,9 +69,10 @@ def test_golden_bytes_of_bfloat16_states() -> None:
     reply = ScoreReply(
         rollout_id="r", teacher_fingerprint="f", scores=Scores(hidden_states=np.array([[1.0, -2.5]], np.float32))
     )
-    assert messages.encode_reply(reply).hex() == "0a01721201661a0e320c080512020102" + "1a04803f20c0"
+    assert messages.encode_reply(reply, a_request()).hex() == "0a01721201661a0e320c080512020102" + "1a04803f20c0"
     np.testing.assert_array_equal(
-        messages.decode_reply(messages.encode_reply(reply)).scores.hidden_states, [[1.0, -2.5]]
+        messages.decode_reply(messages.encode_reply(reply, a_request()), a_request()).scores.hidden_states,
+        [[1.0, -2.5]],
     )
 
 

@@ -1,6 +1,7 @@
 """What travels is what arrives: records to bytes and back, and bytes that must never change their meaning."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -77,25 +78,47 @@ def a_reply() -> ScoreReply:
     )
 
 
+def its_request(encoding: Encoding = Encoding.FLOAT32, *, has_candidates: bool = True) -> ScoreRequest:
+    """What `a_reply` answers; the first row's top-k is a candidate, the second's is not."""
+    return ScoreRequest(
+        rollout_id="run.3.1", tenant="math", teacher="qwen",
+        prompt_token_ids=np.array([5, 9], np.int32), response_token_ids=np.array([4, 1], np.int32),
+        candidate_token_ids=np.array([[4, 2], [-1, 3]], np.int32) if has_candidates else None,
+        score_top_k=1, wants_entropy=True, encoding=encoding,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("encoding", Encoding)
-def test_reply_round_trip(encoding: Encoding) -> None:
+@pytest.mark.parametrize("has_candidates", [True, False])
+def test_reply_round_trip(encoding: Encoding, has_candidates: bool) -> None:
     # Every value above is a float16, so that both encodings are lossless here.
-    assert_same(messages.decode_reply(messages.encode_reply(a_reply(), encoding)), a_reply())
+    request = its_request(encoding, has_candidates=has_candidates)
+    body = messages.encode_reply(a_reply(), request)
+    assert_same(messages.decode_reply(body, request), a_reply())
+    scores = pb.ScoreReply.FromString(body).scores
+    assert scores.HasField("topk_by_candidates") == has_candidates == (not scores.HasField("topk_token_ids"))
+
+
+def test_a_reply_told_by_candidates_is_refused_without_them() -> None:
+    body = messages.encode_reply(a_reply(), its_request())
+    with pytest.raises(InvalidRequestError, match="topk_by_candidates: the request had no candidates"):
+        messages.decode_reply(body, its_request(has_candidates=False))
 
 
 def test_float16_rounds_once_and_halves_the_bytes() -> None:
     values = np.linspace(-20, 0, 1000, dtype=np.float32)
     reply = dataclasses.replace(a_reply(), scores=Scores(sampled_logprobs=values))
-    small, large = (messages.encode_reply(reply, encoding) for encoding in (Encoding.FLOAT16, Encoding.FLOAT32))
+    halved, whole = its_request(Encoding.FLOAT16), its_request(Encoding.FLOAT32)
+    small, large = messages.encode_reply(reply, halved), messages.encode_reply(reply, whole)
     np.testing.assert_array_equal(
-        messages.decode_reply(small).scores.sampled_logprobs, values.astype(np.float16).astype(np.float32)
+        messages.decode_reply(small, halved).scores.sampled_logprobs, values.astype(np.float16).astype(np.float32)
     )
     assert 1990 < len(large) - len(small) < 2010
 
 
 def test_absent_is_none_and_not_empty() -> None:
     reply = dataclasses.replace(a_reply(), scores=Scores(entropy=np.zeros(0, np.float32)))
-    decoded = messages.decode_reply(messages.encode_reply(reply)).scores
+    decoded = messages.decode_reply(messages.encode_reply(reply, its_request()), its_request()).scores
     assert decoded.entropy is not None and decoded.entropy.shape == (0,)
     assert decoded.sampled_logprobs is None and decoded.topk_token_ids is None
 
@@ -120,14 +143,14 @@ def test_an_unknown_capability_is_left_out() -> None:
 @pytest.mark.parametrize("error", [OverCapacityError("full", retry_after_s=1.5), DeadLetterError("gave up")])
 def test_errors_travel_as_themselves(error: OpdError) -> None:
     with pytest.raises(type(error)) as caught:
-        messages.decode_reply(messages.encode_error("run.0.0", error))
+        messages.decode_reply(messages.encode_error("run.0.0", error), its_request())
     assert (caught.value.message, caught.value.retry_after_s) == (error.message, error.retry_after_s)
 
 
 def test_an_unknown_error_code_is_named() -> None:
     body = pb.ScoreReply(rollout_id="r", error=pb.Error(code="sunspots", message="m")).SerializeToString()
     with pytest.raises(InternalError, match="sunspots: m"):
-        messages.decode_reply(body)
+        messages.decode_reply(body, its_request())
 
 
 def test_golden_bytes_of_a_request() -> None:
@@ -138,11 +161,48 @@ def test_golden_bytes_of_a_request() -> None:
         candidate_token_ids=np.array([[7, -1]], np.int32), score_top_k=2, wants_entropy=True,
     )  # fmt: skip
     expected = (
-        "0a0772756e2e312e3222046d6174682a047177656e320f0801120102"
-        "1a0805000000090000003a0b08011201011a04070000004a10080112020102"
-        "1a0807000000ffffffff50025d0000803f60016801700178019001e0a712"
+        "0a0772756e2e312e3222046d6174682a047177656e"
+        "320a08061201021a01a62004"  # [5, 9] as 6 and 10, four bits each
+        "3a0a08061201011a01082004"
+        "4a0b0806120201021a01082004"  # [7, -1] as 8 and 0
+        "50025d0000803f60016801700178019001e0a712"
     )
     assert messages.encode_request(request).hex() == expected
+
+
+def test_golden_bytes_of_a_reply() -> None:
+    """As above; both ways in which a top-k can travel."""
+    coded = (
+        "0a0772756e2e332e311204663030641a540a0b08031201021a0400b8007e12100803120202021a0800be00c0007e00b42a0b"
+        "08031201021a04000000413a26080112090807120202021a01001a0a08061201021a01852004220b08031201021a0400b000"
+        "ba2d0000c03f35000010403a027231"
+    )
+    plain = (
+        "0a0772756e2e332e311204663030641a5b0a0f08021201021a08000000bf0000c07f12180802120202021a100000c0bf0000"
+        "00c00000c07f000080be1a0b0806120202011a0185200422100802120202011a08000000be000040bf2a0f08021201021a08"
+        "00000000000020402d0000c03f35000010403a027231"
+    )
+    assert messages.encode_reply(a_reply(), its_request(Encoding.FLOAT16)).hex() == coded
+    assert messages.encode_reply(a_reply(), its_request(has_candidates=False)).hex() == plain
+
+
+@st.composite
+def mutations(draw: st.DrawFn) -> bytes:
+    """A whole reply with a few bytes changed, cut out or put in."""
+    body = bytearray(messages.encode_reply(a_reply(), its_request(draw(st.sampled_from(Encoding)))))
+    for _ in range(draw(st.integers(1, 3))):
+        place = draw(st.integers(0, len(body) - 1))
+        body[place : place + draw(st.integers(0, 2))] = draw(st.binary(max_size=3))
+    return bytes(body)
+
+
+@given(mutations())
+@settings(max_examples=500, deadline=None)
+def test_a_damaged_reply_decodes_or_is_refused(body: bytes) -> None:
+    try:
+        messages.decode_reply(body, its_request())
+    except OpdError as error:
+        assert error.message
 
 
 @pytest.mark.parametrize(
@@ -164,7 +224,8 @@ def test_a_malformed_array_is_named(change: dict[str, object], field: str) -> No
 @given(st.binary(max_size=200))
 @settings(max_examples=200, deadline=None)
 def test_any_bytes_decode_or_are_refused(body: bytes) -> None:
-    for decode in (messages.decode_request, messages.decode_reply, messages.decode_info):
+    decode_reply = partial(messages.decode_reply, request=its_request())
+    for decode in (messages.decode_request, decode_reply, messages.decode_info):
         try:
             decode(body)
         except OpdError as error:

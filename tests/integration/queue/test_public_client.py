@@ -81,7 +81,7 @@ async def serve_queue(url: str, stop: asyncio.Event, *, pool: str = "qwen") -> N
             if request.score_top_k == 99:
                 await consumer.fail(delivery, NonFiniteError("scores: NaN"))
             else:
-                await consumer.complete(delivery, encode_reply(answer(request)))
+                await consumer.complete(delivery, encode_reply(answer(request), request))
     await consumer.close()
 
 

@@ -10,7 +10,6 @@ from redis import Redis
 
 from opd.errors import (
     DeadlineExceededError,
-    InternalError,
     InvalidRequestError,
     LostRequestError,
     NonFiniteError,
@@ -150,7 +149,7 @@ async def test_a_body_above_the_clients_limit_is_not_sent(redis_url: str) -> Non
 
 async def test_a_reply_above_the_clients_limit_is_not_fetched(redis_url: str, replica: Replica) -> None:
     client = await connect(redis_url, max_reply_bytes=5)
-    with pytest.raises(InternalError, match="above the limit of 5"):
+    with pytest.raises(InvalidRequestError, match=r"reply of \d+ bytes is above the limit of 5"):
         await ask(client)
     await client.close()
 

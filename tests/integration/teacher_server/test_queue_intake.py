@@ -20,13 +20,13 @@ from opd.types import ScoreReply, ScoreRequest
 from opd.wire.messages import encode_request
 from services.teacher_server.batcher import BatchLimits, FairBatcher
 from services.teacher_server.canary import Canary
-from services.teacher_server.config import BatchingSettings, QueueSettings, TeacherConfig
+from services.teacher_server.config import BatchingSettings, GrpcSettings, QueueSettings, TeacherConfig
 from services.teacher_server.guarded_engine import GuardedEngine
 from services.teacher_server.queue_intake import QueueIntake
 from services.teacher_server.readiness import Part, Readiness
 from services.teacher_server.scoring import TeacherScoring
 from tests.conftest import MakeRedis
-from tests.unit.teacher_server.fake_engine import NAN_ID, FakeEngine, until
+from tests.unit.teacher_server.fake_engine import NAN_ID, FakeEngine, fake_info, until
 from tests.unit.teacher_server.tiny_teachers import make_request
 
 
@@ -39,7 +39,8 @@ class Replica:
             batching=BatchingSettings(max_batch_tokens=changes.pop("max_batch_tokens", 64)),
             **changes,
         )
-        self.engine, self.readiness = FakeEngine(), Readiness()
+        info = fake_info(max_message_bytes=config.grpc.max_message_bytes, max_context=100_000)
+        self.engine, self.readiness = FakeEngine(info), Readiness()
         canary = Canary(self.engine)
         assert canary.check().is_sound
         limits = BatchLimits(max_batch_tokens=config.batching.max_batch_tokens)
@@ -143,6 +144,32 @@ async def test_a_body_that_is_not_what_was_declared_is_refused(
                 await client.score(rollout_id="a", num_tokens=num_tokens, timeout_ms=5000, body=body)
         finally:
             await client.close()
+
+
+async def test_messages_over_the_published_limit_are_refused_by_number_on_either_side(redis_url: str) -> None:
+    limits = GrpcSettings(max_message_bytes=2_000)
+    large = named("large", num_response=9_000)
+    async with replica(redis_url, grpc=limits) as served:
+        async with client_of(redis_url) as client:
+            with pytest.raises(InvalidRequestError, match=r"rollout large: 79\d\d bytes, a message holds 2000"):
+                await client.score(large)
+            await client.score(named("small"))
+        # Past the client's own check it is the replica that refuses, before it reads a byte of it.
+        raw = await QueueScoreClient.connect(redis_url, pool="tiny", tenant="math")
+        with pytest.raises(InvalidRequestError, match=r"body of 79\d\d bytes is above the limit of 2000"):
+            await raw.score(rollout_id="large", num_tokens=9_001, timeout_ms=5000, body=encode_request(large))
+        await raw.close()
+        assert served.engine.scored == [["small"]]
+
+
+async def test_an_answer_over_the_limit_is_refused_by_number(redis_url: str) -> None:
+    # What the check before scoring cannot foresee: names longer than it allows for.
+    async with (
+        replica(redis_url, "r" * 3_000, grpc=GrpcSettings(max_message_bytes=2_000)),
+        client_of(redis_url) as client,
+    ):
+        with pytest.raises(InvalidRequestError, match=r"rollout a: 30\d\d bytes, a message holds 2000"):
+            await client.score(named("a"))
 
 
 async def test_what_a_dead_replica_held_is_scored_again_and_alone(redis_url: str) -> None:

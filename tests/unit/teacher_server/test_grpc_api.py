@@ -1,4 +1,5 @@
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -21,6 +22,7 @@ from opd.errors import (
 )
 from opd.metrics import TeacherMetrics
 from opd.rpc.client import GrpcScoreClient
+from opd.rpc.status import error_from_rpc
 from opd.types import Encoding
 from opd.wire.messages import request_to_proto
 from opd.wire.pb import teacher_pb2 as pb
@@ -37,7 +39,7 @@ from tests.unit.teacher_server.tiny_teachers import make_request
 
 
 class Service:
-    def __init__(self, settings: GrpcSettings, limits: BatchLimits, executor: ThreadPoolExecutor) -> None:
+    def __init__(self, settings: GrpcSettings, limits: BatchLimits, executor: ThreadPoolExecutor, replica: str) -> None:
         self.engine = FakeEngine(fake_info(max_message_bytes=settings.max_message_bytes, max_context=100_000))
         canary = Canary(self.engine)
         assert canary.check().is_sound
@@ -48,7 +50,7 @@ class Service:
             executor,
             readiness=self.readiness,
             metrics=TeacherMetrics(),
-            replica="r1",
+            replica=replica,
             linger_s=0.0,
         )
         self.slot = ScoringSlot()
@@ -63,10 +65,10 @@ class Service:
 
 @asynccontextmanager
 async def serving(
-    settings: GrpcSettings | None = None, limits: BatchLimits | None = None
+    settings: GrpcSettings | None = None, limits: BatchLimits | None = None, replica: str = "r1"
 ) -> AsyncIterator[tuple[Service, GrpcScoreClient]]:
     with ThreadPoolExecutor(1) as executor:
-        service = Service(settings or GrpcSettings(), limits or BatchLimits(), executor)
+        service = Service(settings or GrpcSettings(), limits or BatchLimits(), executor, replica)
         loop = asyncio.create_task(service.scoring.run())
         service.port = await service.server.start()
         service.readiness.clear(Part.START)
@@ -101,7 +103,11 @@ async def test_half_precision_is_asked_for_per_request() -> None:
 async def test_many_callers_at_once_share_batches_and_get_their_own_answers() -> None:
     async with serving() as (service, client):
         requests = [make_request(seed, prompt_token_ids=np.array([5], np.int32)) for seed in range(60)]
-        replies = await asyncio.gather(*(client.score(request) for request in requests))
+        service.engine.gate.clear()
+        calls = [asyncio.create_task(client.score(request)) for request in requests]
+        await until(lambda: service.scoring.num_in_flight == len(requests))
+        service.engine.gate.set()
+        replies = await asyncio.gather(*calls)
     assert [reply.rollout_id for reply in replies] == [request.rollout_id for request in requests]
     assert len(service.engine.scored) < 60
 
@@ -136,15 +142,35 @@ async def test_over_the_cap_callers_get_resource_exhausted_with_a_delay() -> Non
 
 
 async def test_a_message_over_the_limit_is_refused_by_number_on_either_side() -> None:
-    settings = GrpcSettings(max_message_bytes=20_000)
-    async with serving(settings) as (_, client):
-        large = make_request(num_response=9_000)
-        with pytest.raises(InvalidRequestError, match=r"larger than max \(36\d\d\d vs\. 20000\)"):
+    settings = GrpcSettings(max_message_bytes=5_000)
+    large = make_request(num_response=9_000)
+    async with serving(settings) as (service, client):
+        # Seven bits an id; the client knows the limit although nobody asked for the handshake.
+        with pytest.raises(InvalidRequestError, match=r"rollout run\.0\.0: 79\d\d bytes, a message holds 5000"):
             await client.score(large)
-        assert (await client.info()).max_message_bytes == 20_000
-        with pytest.raises(InvalidRequestError, match=r"36\d\d\d bytes, a message holds 20000"):
-            await client.score(large)
+        assert service.engine.scored == []
         await client.score(make_request(1))
+        async with grpc.aio.insecure_channel(service.address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as raw:
+                await TeacherServiceStub(channel).Score(request_to_proto(large))
+        refusal = error_from_rpc(raw.value, service.address)
+        assert isinstance(refusal, InvalidRequestError) and re.search(r"\(79\d\d vs\. 5000\)", refusal.message)
+
+
+async def test_an_answer_over_the_limit_is_refused_by_number_and_is_no_fault_of_grpc() -> None:
+    # What the check before scoring cannot foresee: names longer than it allows for.
+    async with serving(GrpcSettings(max_message_bytes=2_000), replica="r" * 3_000) as (_, client):
+        with pytest.raises(InvalidRequestError, match=r"rollout run\.0\.1: 30\d\d bytes, a message holds 2000"):
+            await client.score(make_request(1))
+
+
+async def test_an_answer_over_the_callers_own_limit_is_refused_by_number() -> None:
+    async with (
+        serving(replica="r" * 3_000) as (service, _),
+        GrpcScoreClient(service.address, max_message_bytes=2_000) as client,
+    ):
+        with pytest.raises(InvalidRequestError, match=r"larger than max \(30\d\d vs\. 2000\)"):
+            await client.score(make_request(1))
 
 
 async def test_the_callers_deadline_is_passed_on_and_frees_the_ledger() -> None:

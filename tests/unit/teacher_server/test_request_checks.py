@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from opd.errors import InvalidRequestError, UnknownTeacherError, UnsupportedError
-from opd.types import PAD_ID, Capability, Encoding, ScoreReply
+from opd.types import PAD_ID, Capability, Encoding, ScoreReply, Scores
 from opd.wire.messages import encode_reply
 from services.teacher_server.request_checks import check_request, reply_bytes
 from tests.unit.teacher_server.fake_engine import FakeEngine, fake_info
@@ -93,10 +93,30 @@ def test_an_answer_over_the_message_limit_is_refused_with_both_numbers() -> None
     check_request(replace(request, score_top_k=4), fake_info(max_message_bytes=5000))
 
 
+@pytest.mark.parametrize("overlap", [0, 4, 8])
+@pytest.mark.parametrize("encoding", Encoding)
+def test_the_bound_holds_however_much_of_the_top_k_the_candidates_say(encoding: Encoding, overlap: int) -> None:
+    # Every row has candidates 74..81 and a top-k of eight ids that begins `overlap` before their end.
+    rows, start = 100, 8 - overlap
+    candidates = np.tile(np.arange(74, 82, dtype=np.int32), (rows, 1))
+    request = make_request(num_response=rows, encoding=encoding, candidate_token_ids=candidates, score_top_k=8)
+    logprobs = np.linspace(-5, -1, 90, dtype=np.float32)[::-1]
+    scores = Scores(
+        candidate_logprobs=logprobs[candidates],
+        topk_token_ids=candidates + start,
+        topk_logprobs=logprobs[candidates + start],
+    )
+    reply = ScoreReply(rollout_id="r", teacher_fingerprint="f", scores=scores)
+    size, bound = len(encode_reply(reply, request)), reply_bytes(replace(request, wants_sampled=False), 90)
+    # The bound cannot know the overlap: it is what an answer without any takes.
+    saved = rows * overlap * ((2 if encoding is Encoding.FLOAT16 else 4) + 7 / 8)
+    assert size <= bound <= size + saved + 1024
+
+
 @pytest.mark.parametrize("encoding", Encoding)
 def test_the_size_of_an_answer_is_bounded_from_above(encoding: Encoding) -> None:
     request = make_request(num_response=100, encoding=encoding)
     (scores,) = FakeEngine().score([request])
     reply = ScoreReply(rollout_id=request.rollout_id, teacher_fingerprint="f" * 16, scores=scores, replica="r" * 60)  # type: ignore[arg-type]
-    size = len(encode_reply(reply, encoding))
-    assert size <= reply_bytes(request) <= size + 1024
+    size = len(encode_reply(reply, request))
+    assert size <= reply_bytes(request, 90) <= size + 1024
