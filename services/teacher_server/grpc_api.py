@@ -100,10 +100,16 @@ class GrpcServer:
     """The listener; answers health from the start, and requests once the slot is filled."""
 
     def __init__(
-        self, settings: GrpcSettings, slot: ScoringSlot, readiness: Readiness, *, chunk_bytes: int = _CHUNK_BYTES
+        self,
+        settings: GrpcSettings,
+        slot: ScoringSlot,
+        readiness: Readiness,
+        *,
+        chunk_bytes: int = _CHUNK_BYTES,
+        check_right: Callable[[Any], None] = allow_everybody,
     ) -> None:
         self._settings = settings
-        self._servicer = TeacherServicer(slot, chunk_bytes=chunk_bytes)
+        self._servicer = TeacherServicer(slot, chunk_bytes=chunk_bytes, check_right=check_right)
         self._readiness = readiness
         self._health = health.aio.HealthServicer()
         self._updates: set[asyncio.Task[None]] = set()
