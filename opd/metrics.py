@@ -54,6 +54,15 @@ class TeacherMetrics(Metrics):
         self.padding_share = Histogram(
             "opd_teacher_padding_share", "Share of padding in a forward pass.", buckets=_SHARES, registry=registry
         )
+        self.computed_tokens = Counter(
+            "opd_teacher_computed_tokens", "Tokens that went through the model, padding included.", registry=registry
+        )
+        self.padding_tokens = Counter("opd_teacher_padding_tokens", "Of these, padding.", registry=registry)
+        self.reused_prompt_tokens = Counter(
+            "opd_teacher_reused_prompt_tokens",
+            "Prompt tokens that were not computed, because a sibling's were.",
+            registry=registry,
+        )
         self._tokens = Counter("opd_teacher_tokens", "Tokens scored.", ["tenant"], registry=registry)
         self.errors = Counter("opd_teacher_errors", "Requests answered with an error.", ["code"], registry=registry)
         self.in_flight_tokens = Gauge("opd_teacher_in_flight_tokens", "Tokens in the ledger.", registry=registry)

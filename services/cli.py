@@ -49,6 +49,16 @@ def demo(
     raise typer.Exit(run_demo(seed=seed, steps=steps, run_dir=run_dir, redis_url=redis_url, teacher=teacher))
 
 
+@app.command("redis")
+def redis_serve(
+    data_dir: Annotated[Path, typer.Option(help="Where its data and its socket are.")] = Path("runs/redis"),
+) -> None:
+    """Runs a Redis for this machine until Ctrl-C and prints its URL, for OPD_REDIS_URL."""
+    from services.redis_command import serve_redis
+
+    raise typer.Exit(serve_redis(data_dir))
+
+
 @teacher_app.command("serve")
 def teacher_serve(
     overrides: Overrides = None,

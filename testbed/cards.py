@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from services.trainer.rollout.base import SamplingParams
 from testbed.architecture import count_parameters, load_model
 from testbed.datasets import FILES, Item, draw_items_of
 from testbed.demonstrations import TEMPLATE_NAMES, Recipe
@@ -22,7 +23,6 @@ from testbed.measuring import (
     grade_samples,
     summarize,
 )
-from testbed.sampling import Sampling
 from testbed.tokenizer import load_tokenizer
 
 CARD_FILE = "card.json"
@@ -61,9 +61,9 @@ def measure(folder: Path, measuring: Measuring, seed: int) -> Measured:
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     items, long_items = (draw_items_of(file, seed) for file in (FILES[1], FILES[3]))
 
-    def summary(chosen: list[Item], sampling: Sampling, max_tokens: int, samples_each: int) -> Summary:
-        limited = replace(sampling, max_tokens=max_tokens)
-        return summarize(grade_samples(model, tokenizer, chosen, TEMPLATE_NAMES, limited, samples_each, seed))
+    def summary(chosen: list[Item], sampling: SamplingParams, max_tokens: int, samples_each: int) -> Summary:
+        limited = replace(sampling, max_response_tokens=max_tokens, seed=seed)
+        return summarize(grade_samples(model, tokenizer, chosen, TEMPLATE_NAMES, limited, samples_each))
 
     chosen, chosen_long = items[: measuring.problems], long_items[: measuring.long_problems]
     max_tokens, samples_each = measuring.max_response_tokens, measuring.samples_each

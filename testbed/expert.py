@@ -16,12 +16,12 @@ from random import Random
 
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+from services.trainer.rollout.base import SamplingParams
 from testbed.batches import Batch, Example, Position, encode, epoch
 from testbed.datasets import Item
 from testbed.demonstrations import TEMPLATE_NAMES
 from testbed.measuring import LONG_MAX_TOKENS, grade_samples
 from testbed.problems import LEVELS, LONG, Split, draw_problem, word_question
-from testbed.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,12 +62,12 @@ def collect(
     random = Random(f"{seed}/collect")
     kept, accuracy = [], {}
     for level, count in rounds.samples:
-        sampling = Sampling(max_tokens=rounds.max_long_tokens if level == LONG else rounds.max_response_tokens)
+        limit = rounds.max_long_tokens if level == LONG else rounds.max_response_tokens
         half = draw_items(random, level, count // 2), draw_items(random, level, count - count // 2)
         graded = [
             one
             for items, template in zip(half, TEMPLATE_NAMES, strict=True)
-            for one in grade_samples(model, tokenizer, items, [template], sampling, 1, random.getrandbits(32))
+            for one in grade_samples(model, tokenizer, items, [template], _sampling(random, limit), 1)
         ]
         right = [
             Kept(level=level, prompt=one.item.prompt(one.template), response=one.response.text)
@@ -78,6 +78,10 @@ def collect(
         random.shuffle(right)
         kept += right[: rounds.kept_per_level]
     return kept, accuracy
+
+
+def _sampling(random: Random, max_tokens: int) -> SamplingParams:
+    return SamplingParams(max_response_tokens=max_tokens, seed=random.getrandbits(32))
 
 
 def write_kept(path: Path, kept: list[Kept]) -> None:

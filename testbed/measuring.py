@@ -13,12 +13,13 @@ from statistics import fmean
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from services.trainer.evaluation.grading import grade
+from services.trainer.rollout.base import SamplingParams
 from testbed.datasets import Item
 from testbed.parsing import Reading, read
-from testbed.sampling import Response, Sampling, sample
+from testbed.sampling import Response, sample
 
-TRAINING_SAMPLING = Sampling()
-EVALUATION_SAMPLING = Sampling(temperature=0.7, top_p=0.95)
+TRAINING_SAMPLING = SamplingParams(max_response_tokens=192)
+EVALUATION_SAMPLING = SamplingParams(temperature=0.7, top_p=0.95, max_response_tokens=192)
 LONG_MAX_TOKENS = 900
 FORK_LIVE_TOKENS = 8
 
@@ -56,14 +57,13 @@ def grade_samples(
     tokenizer: PreTrainedTokenizerFast,
     items: list[Item],
     templates: Iterable[str],
-    sampling: Sampling,
+    sampling: SamplingParams,
     samples_each: int,
-    seed: int,
 ) -> list[Graded]:
     """Sample every item samples_each times, the templates taking turns, and grade."""
     names = tuple(templates)
     asked = [(item, names[turn % len(names)]) for turn in range(samples_each) for item in items]
-    responses = sample(model, tokenizer, [item.prompt(template) for item, template in asked], sampling, seed)
+    responses = sample(model, tokenizer, [item.prompt(template) for item, template in asked], sampling)
     return [
         Graded(
             item=item,

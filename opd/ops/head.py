@@ -6,7 +6,7 @@ different precision are promoted to the higher one.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,13 @@ class OutputHead:
     def num_rows(self) -> int:
         """V, rows without a token included."""
         return self.weight_VH.shape[0]
+
+    def first_rows(self, num_rows: int) -> "OutputHead":
+        """The head of the first ids alone, over the same memory: rows without a token are then never computed."""
+        if num_rows == self.num_rows:
+            return self
+        bias_V = None if self.bias_V is None else self.bias_V[:num_rows]
+        return replace(self, weight_VH=self.weight_VH[:num_rows], bias_V=bias_V)
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
         """[T, V] in fp32 (float64 for float64 inputs), differentiable in the hidden states, the weight and the bias."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from opd.errors import InvalidRequestError
-from opd.ops.head import OutputHead, row_slices, tempered_logits
+from opd.ops.head import OutputHead, row_slices
+from opd.ops.moments import row_moments
 from opd.ops.topk import top_k_stable
 from opd.types import PAD_ID
 
@@ -82,8 +83,9 @@ def score_rows(
         candidate_ids_TK=candidate_ids_TK,
     )
     query.check(hidden_TH.shape[0], head.num_rows)
+    defined = head.first_rows(num_defined_ids)
     with torch.no_grad():
-        parts = [_statistics(head.logits(hidden_TH[rows]), query, rows) for rows in _slices(hidden_TH, row_chunk)]
+        parts = [_statistics(defined.logits(hidden_TH[rows]), query, rows) for rows in _slices(hidden_TH, row_chunk)]
         return _joined(parts)
 
 
@@ -109,7 +111,8 @@ def row_statistics(
     )
     query.check(*logits_TV.shape)
     with torch.no_grad():
-        return _joined([_statistics(logits_TV[rows], query, rows) for rows in _slices(logits_TV, row_chunk)])
+        defined_TV = logits_TV[:, :num_defined_ids]
+        return _joined([_statistics(defined_TV[rows], query, rows) for rows in _slices(logits_TV, row_chunk)])
 
 
 def _slices(rows_T: Tensor, row_chunk: int) -> list[slice]:
@@ -117,30 +120,29 @@ def _slices(rows_T: Tensor, row_chunk: int) -> list[slice]:
 
 
 def _statistics(logits_CV: Tensor, query: _Query, rows: slice) -> RowStatistics:
-    """One chunk of C rows."""
+    """One chunk of C rows over the defined ids."""
     wide_CV = logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
-    tempered_CV = tempered_logits(wide_CV, query.temperature, query.num_defined_ids)
-    finite_C = tempered_CV.isfinite().all(dim=-1)
-    normalizer_C = tempered_CV.logsumexp(dim=-1)
-    sampled_C = candidates_CK = ids_Ck = topk_Ck = entropy_C = None
+    tempered_CV = wide_CV if query.temperature == 1.0 else wide_CV / query.temperature
+    moments = row_moments(tempered_CV)
+    normalizer_C = moments.normalizer_C
+    finite_C = normalizer_C.isfinite()
+    sampled_C = candidates_CK = ids_Ck = topk_Ck = None
     if query.sampled_ids_T is not None:
         sampled_C = logprobs_at(tempered_CV, normalizer_C, query.sampled_ids_T[rows].unsqueeze(-1)).squeeze(-1)
     if query.candidate_ids_TK is not None:
         candidates_CK = logprobs_at(tempered_CV, normalizer_C, query.candidate_ids_TK[rows])
     if query.score_top_k:
-        ids_Ck, _ = top_k_stable(tempered_CV, query.score_top_k)
+        ids_Ck, _ = top_k_stable(tempered_CV, query.score_top_k, moments.group_maxima_CG)
         topk_Ck = logprobs_at(tempered_CV, normalizer_C, ids_Ck)
         ids_Ck = ids_Ck.masked_fill(~finite_C.unsqueeze(-1), PAD_ID)
-    if query.wants_entropy:
-        entropy_C = _entropy(tempered_CV, normalizer_C)
     return RowStatistics(
         finite_T=finite_C,
-        normalizer_T=_nan_unless(finite_C, normalizer_C),
-        sampled_logprobs_T=_nan_unless(finite_C, sampled_C) if sampled_C is not None else None,
-        candidate_logprobs_TK=_nan_unless(finite_C, candidates_CK) if candidates_CK is not None else None,
+        normalizer_T=normalizer_C,
+        sampled_logprobs_T=sampled_C,
+        candidate_logprobs_TK=candidates_CK,
         topk_ids_Tk=ids_Ck,
-        topk_logprobs_Tk=_nan_unless(finite_C, topk_Ck) if topk_Ck is not None else None,
-        entropy_T=_nan_unless(finite_C, entropy_C) if entropy_C is not None else None,
+        topk_logprobs_Tk=topk_Ck,
+        entropy_T=moments.entropy_C if query.wants_entropy else None,
     )
 
 
@@ -150,17 +152,6 @@ def logprobs_at(tempered_CV: Tensor, normalizer_C: Tensor, ids_CK: Tensor) -> Te
     present_CK = (ids_CK >= 0) & (ids_CK < tempered_CV.shape[-1])
     chosen_CK = tempered_CV.gather(-1, ids_CK.masked_fill(~present_CK, 0))
     return (chosen_CK - normalizer_C.unsqueeze(-1)).masked_fill(~present_CK, torch.nan)
-
-
-def _entropy(tempered_CV: Tensor, normalizer_C: Tensor) -> Tensor:
-    # Summing p log p term by term loses less than normaliser minus the mean logit when logits share a large offset.
-    logprobs_CV = tempered_CV - normalizer_C.unsqueeze(-1)
-    return -(logprobs_CV.exp().mul_(logprobs_CV)).sum(dim=-1)
-
-
-def _nan_unless(finite_C: Tensor, values: Tensor) -> Tensor:
-    mask = finite_C if values.dim() == 1 else finite_C.unsqueeze(-1)
-    return values.masked_fill(~mask, torch.nan)
 
 
 def _joined(parts: list[RowStatistics]) -> RowStatistics:

@@ -100,6 +100,11 @@ class EmbeddedRedis:
             raise QueueUnavailableError("embedded redis: not started; call start()")
         return self._process.pid
 
+    @property
+    def is_running(self) -> bool:
+        """Started, and neither stopped nor ended by itself."""
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> None:
         """Starts the server and waits until it answers; ConfigError when another one lives in the folder."""
         if threading.current_thread() is not threading.main_thread():

@@ -56,8 +56,10 @@ class BatchingSettings(Settings):
     """What a tenant of weight 1 is granted in a turn."""
     weights: dict[str, float] = Field(default_factory=dict)
     """Share of a tenant relative to 1; tenants not named have 1."""
-    max_padding_share: float = Field(default=0.25, ge=0, lt=1)
+    max_padding_share: float = Field(default=0.1, ge=0, lt=1)
     """Of a forward pass."""
+    prefix_cache_tokens: int = Field(default=16_384, ge=0)
+    """Tokens of prompts whose keys and values are kept for later rollouts of the same prompt; 0 keeps none."""
     row_chunk: int = Field(default=256, ge=1)
     """Response rows that go through the output head at a time."""
     linger_ms: float = Field(default=2.0, ge=0, le=1000)

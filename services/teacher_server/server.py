@@ -134,6 +134,7 @@ class Replica:
                 max_batch_tokens=config.batching.max_batch_tokens,
                 max_padding_share=config.batching.max_padding_share,
                 row_chunk=config.batching.row_chunk,
+                prefix_cache_tokens=config.batching.prefix_cache_tokens,
                 max_candidates=config.max_candidates,
                 max_score_top_k=config.max_score_top_k,
                 max_message_bytes=config.grpc.max_message_bytes,
@@ -197,7 +198,10 @@ class Replica:
         padding = report.num_padded_tokens - report.num_tokens
         self._metrics.engine_seconds.observe(report.duration_s)
         self._metrics.batch_tokens.observe(report.num_tokens)
-        self._metrics.padding_share.observe(padding / report.num_padded_tokens)
+        self._metrics.padding_share.observe(padding / max(1, report.num_padded_tokens))
+        self._metrics.computed_tokens.inc(report.num_padded_tokens)
+        self._metrics.padding_tokens.inc(padding)
+        self._metrics.reused_prompt_tokens.inc(report.num_reused_tokens)
         if self._scoring is not None:
             self._scoring.note_progress(report)
 

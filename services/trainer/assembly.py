@@ -247,6 +247,8 @@ def _engine(settings: TrainSettings, loaded: LoadedModel, *, score_top_k: int | 
         num_defined_ids=loaded.num_defined_ids,
         score_top_k=score_top_k,
         max_slots=settings.rollout.max_slots,
+        # As the student trains, so that sampling and training see the same distribution.
+        autocast_dtype=torch.bfloat16 if loaded.model.device.type == "cuda" else None,
     )
 
 

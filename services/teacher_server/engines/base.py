@@ -27,6 +27,8 @@ class ForwardReport:
     num_padded_tokens: int
     """Tokens computed, padding included."""
     duration_s: float
+    num_reused_tokens: int = 0
+    """Prompt tokens that were not computed because they had been before."""
 
 
 ForwardObserver: TypeAlias = Callable[[ForwardReport], None]

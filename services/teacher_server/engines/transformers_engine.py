@@ -1,16 +1,17 @@
 """Scoring with a Hugging Face model in this process: fp32 on CPU, bf16 with fp32 normalisers on CUDA.
 
-B sequences, T positions, H hidden size, R response rows, S scored rows, K candidates, k top-k. The decoder runs over
-rectangles of right-padded sequences; of its hidden states only the scored rows (row t predicts response token t, so it
-is the state at position P - 1 + t) go through the output head, a chunk at a time and one request at a time. So a
-request's scores do not depend on its neighbours, and a fault in its rows is its own. No attention mask is given: what
-stands to the right of a sequence is invisible to causal attention (checked at load), and a mask of the rectangle would
-cost T x T and the fast kernels.
+B sequences, P prompt tokens, T positions, H hidden size, R response rows, S scored rows, K candidates, k top-k. The
+decoder runs over rectangles of right-padded sequences, or over the responses to one prompt that was computed before; of
+its hidden states only the scored rows (row t predicts response token t, so it is the state at position P - 1 + t) go
+through the output head, a chunk at a time and one request at a time. So a request's scores do not depend on its
+neighbours, and a fault in its rows is its own. No attention mask is given: what stands to the right of a sequence is
+invisible to causal attention (checked at load), and a mask of the rectangle would cost T x T and the fast kernels.
 """
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,12 +23,13 @@ from torch import Tensor
 import opd
 from opd.errors import NonFiniteError, OpdError
 from opd.ops import RowStatistics, score_rows
-from opd.types import PAD_ID, Capability, Floats, ScoreRequest, Scores, SharedHead, TeacherInfo
+from opd.types import PAD_ID, Capability, Floats, Ids, ScoreRequest, Scores, SharedHead, TeacherInfo
 from services.teacher_server.engines import model_folder
 from services.teacher_server.engines.base import ForwardObserver, ForwardReport
+from services.teacher_server.engines.passes import PassLimits, Plan, pad_right, plan_passes, plan_rectangles
+from services.teacher_server.engines.prefix_cache import Prefix, PrefixCache, prompt_key
 from services.teacher_server.engines.shared_head import share_head
-from services.teacher_server.engines.sub_batches import pad_right, plan_sub_batches
-from services.teacher_server.engines.transformers_model import LoadedModel, load_model
+from services.teacher_server.engines.transformers_model import LoadedModel, can_continue, load_model
 
 CAPABILITIES = frozenset(Capability) - {Capability.HIDDEN_STATES}
 
@@ -38,13 +40,19 @@ class EngineLimits:
 
     max_batch_tokens: int = 16_384
     """Tokens of one forward pass, padding included; a longer single request has a pass of its own."""
-    max_padding_share: float = 0.25
+    max_padding_share: float = 0.1
     row_chunk: int = 256
     """Rows that go through the output head at a time."""
     max_candidates: int = 256
     max_score_top_k: int = 256
     max_message_bytes: int = 64 << 20
     serves_hidden_states: bool = False
+    prefix_cache_tokens: int = 16_384
+    """Of prompts kept for later requests; 0 keeps none."""
+
+
+_MIN_SAVED_TOKENS = {"cpu": 64, "cuda": 1024}
+"""A pass of its own costs launches and small products: on a CPU little, on a CUDA device (not measured) much."""
 
 
 class TransformersEngine:
@@ -64,6 +72,8 @@ class TransformersEngine:
         self._limits = limits
         self._observe = observe
         self._shared_head = share_head(model.head) if limits.serves_hidden_states else None
+        self._prefixes = PrefixCache(limits.prefix_cache_tokens)
+        self._shares_prompts = limits.prefix_cache_tokens > 0 and can_continue(model)
         self._info = _describe(model, teacher=teacher, name=name, fingerprint=fingerprint, limits=limits)
         if self._shared_head is not None:
             self._info = _with_hidden_states(self._info, model, self._shared_head)
@@ -73,11 +83,16 @@ class TransformersEngine:
         return self._info
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Scores | OpdError]:
-        """Scores in rectangles of similar lengths; `batch_invariant` requests have one each."""
+        """Scores in rectangles of similar lengths, siblings after their prompt; `batch_invariant` requests alone."""
+        plan = self._plan(requests)
         outcomes: dict[int, Scores | OpdError] = {}
-        for indices in self._plan(requests):
-            together = [requests[index] for index in indices]
-            outcomes |= dict(zip(indices, self._score_together(together), strict=True))
+        with torch.inference_mode():
+            for indices in plan.rectangles:
+                together = [requests[index] for index in indices]
+                outcomes |= dict(zip(indices, self._score_whole(together), strict=True))
+            for siblings in plan.siblings:
+                together = [requests[index] for index in siblings.indices]
+                outcomes |= dict(zip(siblings.indices, self._score_siblings(siblings.key, together), strict=True))
         return [outcomes[index] for index in range(len(requests))]
 
     def output_head(self) -> SharedHead:
@@ -87,29 +102,72 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Gives the model's memory back."""
+        self._prefixes.clear()
         del self._model
         self._shared_head = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _plan(self, requests: Sequence[ScoreRequest]) -> list[list[int]]:
-        shared = [index for index, request in enumerate(requests) if not request.batch_invariant]
-        alone = [[index] for index, request in enumerate(requests) if request.batch_invariant]
-        lengths = [requests[index].num_tokens for index in shared]
-        plan = plan_sub_batches(lengths, self._limits.max_batch_tokens, self._limits.max_padding_share)
-        return alone + [[shared[place] for place in places] for places in plan]
+    def _plan(self, requests: Sequence[ScoreRequest]) -> Plan:
+        limits = PassLimits(
+            max_tokens=self._limits.max_batch_tokens,
+            max_padding_share=self._limits.max_padding_share,
+            min_saved_tokens=_MIN_SAVED_TOKENS.get(self._model.device.type, 0),
+        )
+        return plan_passes(requests, limits, self._prefixes.__contains__ if self._shares_prompts else None)
 
-    def _score_together(self, requests: Sequence[ScoreRequest]) -> list[Scores | OpdError]:
-        started = time.perf_counter()
+    def _score_whole(self, requests: Sequence[ScoreRequest]) -> list[Scores | OpdError]:
+        """One rectangle of prompts and responses, whose prompts are kept for siblings that may follow."""
         # The last response token predicts nothing that is asked for, so it is never an input.
         sequences = [
             np.concatenate([request.prompt_token_ids, request.response_token_ids[:-1]]).astype(np.int32)
             for request in requests
         ]
-        ids_BT = pad_right(sequences)
-        with torch.inference_mode():
-            hidden_BTH = self._model.hidden(torch.from_numpy(ids_BT).to(self._model.device))
-            outcomes = [self._score_one(request, hidden_BTH[row]) for row, request in enumerate(requests)]
+        with self._observed(requests, sequences) as ids_BT:
+            hidden_BTH = self._hidden_keeping_prompts(requests, ids_BT)
+            return [
+                self._score_one(request, hidden_TH[request.prompt_token_ids.size - 1 :])
+                for request, hidden_TH in zip(requests, hidden_BTH, strict=True)
+            ]
+
+    def _hidden_keeping_prompts(self, requests: Sequence[ScoreRequest], ids_BT: Tensor) -> Tensor:
+        if not self._shares_prompts or requests[0].batch_invariant:
+            return self._model.hidden(ids_BT)
+        keys = {prompt_key(request.prompt_token_ids): row for row, request in enumerate(requests)}
+        new = {row: key for key, row in keys.items() if key not in self._prefixes}
+        sizes = {row: requests[row].prompt_token_ids.size for row in new}
+        hidden_BTH, prefixes = self._model.hidden_with_prefixes(ids_BT, sizes)
+        for row, prefix in prefixes.items():
+            self._prefixes.put(new[row], prefix)
+        return hidden_BTH
+
+    def _score_siblings(self, key: bytes, requests: Sequence[ScoreRequest]) -> list[Scores | OpdError]:
+        """Responses to one prompt, after it."""
+        prefix = self._prefixes.get(key) or self._compute_prefix(key, requests[0])
+        lengths = [request.response_token_ids.size for request in requests]
+        outcomes: dict[int, Scores | OpdError] = {}
+        for places in plan_rectangles(lengths, self._limits.max_batch_tokens, self._limits.max_padding_share):
+            together = [requests[place] for place in places]
+            sequences = [request.response_token_ids[:-1] for request in together]
+            with self._observed(together, sequences, num_reused_tokens=prefix.num_tokens * len(places)) as ids_BT:
+                hidden_BRH = self._model.hidden_after(prefix, ids_BT)
+                for place, request, hidden_RH in zip(places, together, hidden_BRH, strict=True):
+                    outcomes[place] = self._score_one(request, hidden_RH)
+        return [outcomes[place] for place in range(len(requests))]
+
+    def _compute_prefix(self, key: bytes, request: ScoreRequest) -> Prefix:
+        with self._observed([], [request.prompt_token_ids]) as ids_1P:
+            _, prefixes = self._model.hidden_with_prefixes(ids_1P, {0: request.prompt_token_ids.size})
+        self._prefixes.put(key, prefixes[0])
+        return prefixes[0]
+
+    @contextmanager
+    def _observed(
+        self, requests: Sequence[ScoreRequest], sequences: Sequence[Ids], *, num_reused_tokens: int = 0
+    ) -> Iterator[Tensor]:
+        """Gives the sequences as ids [B, T] on the device; tells the observer of the pass when it is done."""
+        started, ids_BT = time.perf_counter(), pad_right(sequences)
+        yield torch.from_numpy(ids_BT).to(self._model.device)
         if self._observe is not None:
             self._observe(
                 ForwardReport(
@@ -117,18 +175,19 @@ class TransformersEngine:
                     num_tokens=sum(sequence.size for sequence in sequences),
                     num_padded_tokens=ids_BT.size,
                     duration_s=time.perf_counter() - started,
+                    num_reused_tokens=num_reused_tokens,
                 )
             )
-        return outcomes
 
-    def _score_one(self, request: ScoreRequest, hidden_TH: Tensor) -> Scores | OpdError:
-        num_response, device = request.response_token_ids.size, hidden_TH.device
+    def _score_one(self, request: ScoreRequest, hidden_RH: Tensor) -> Scores | OpdError:
+        """Of the states from the prompt's last position on; what follows the response's is padding."""
+        num_response, device = request.response_token_ids.size, hidden_RH.device
         scored_R = np.ones(num_response, np.bool_) if request.scored_rows is None else request.scored_rows
         rows_S = np.flatnonzero(scored_R)
-        positions_S = torch.from_numpy(rows_S + request.prompt_token_ids.size - 1).to(device)
         candidates_RK = request.candidate_token_ids
+        hidden_SH = hidden_RH[torch.from_numpy(rows_S).to(device)]
         statistics = score_rows(
-            hidden_TH[positions_S],
+            hidden_SH,
             self._model.head,
             num_defined_ids=self._model.vocabulary.num_defined_ids,
             sampled_ids_T=_to_device(request.response_token_ids[rows_S], device) if request.wants_sampled else None,
@@ -147,7 +206,7 @@ class TransformersEngine:
         scores = _to_scores(statistics, rows_S, num_response)
         if not request.wants_hidden_states:
             return scores
-        return replace(scores, hidden_states=_spread(hidden_TH[positions_S], rows_S, num_response))
+        return replace(scores, hidden_states=_spread(hidden_SH, rows_S, num_response))
 
 
 def load_engine(

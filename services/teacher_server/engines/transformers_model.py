@@ -6,6 +6,7 @@ result with the model's own logits before anything is served; a model that does 
 """
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from opd.errors import ConfigError
 from opd.ops import OutputHead
 from opd.vocabulary import Vocabulary, describe_vocabulary
 from services.teacher_server.engines.model_folder import check_folder
+from services.teacher_server.engines.prefix_cache import Prefix
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOAD_FAULTS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
@@ -45,11 +47,42 @@ class LoadedModel:
 
     def hidden(self, ids_BT: Tensor) -> Tensor:
         """Hidden states [B, T, H] after the final norm, of right-padded sequences that all start at position 0."""
+        return self._run(ids_BT, None, 0)
+
+    def hidden_with_prefixes(self, ids_BT: Tensor, sizes: Mapping[int, int]) -> tuple[Tensor, dict[int, Prefix]]:
+        """The same, and what a continuation of the first P tokens of some rows needs; `sizes` is row -> P."""
+        cache = DynamicCache()
+        hidden_BTH = self._run(ids_BT, cache, 0)
+        return hidden_BTH, {
+            row: Prefix(
+                # Copies, because a view would keep the whole rectangle alive.
+                layers=tuple(
+                    (layer.keys[row : row + 1, :, :size].clone(), layer.values[row : row + 1, :, :size].clone())
+                    for layer in cache.layers
+                ),
+                last_hidden_H=hidden_BTH[row, size - 1].clone(),
+            )
+            for row, size in sizes.items()
+        }
+
+    def hidden_after(self, prefix: Prefix, ids_BT: Tensor) -> Tensor:
+        """Hidden states [B, 1 + T, H] of the prefix's last position and of right-padded continuations of it."""
+        num_rows = ids_BT.shape[0]
+        first_B1H = prefix.last_hidden_H.expand(num_rows, 1, -1)
+        if not ids_BT.shape[1]:
+            return first_B1H
+        repeated = [
+            (keys.expand(num_rows, -1, -1, -1), values.expand(num_rows, -1, -1, -1)) for keys, values in prefix.layers
+        ]
+        return torch.cat([first_B1H, self._run(ids_BT, DynamicCache(repeated), prefix.num_tokens)], dim=1)
+
+    def _run(self, ids_BT: Tensor, cache: DynamicCache | None, start: int) -> Tensor:
         positions = {}
         if self.takes_position_ids:
-            positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+            positions_T = torch.arange(start, start + ids_BT.shape[1], device=ids_BT.device)
             positions["position_ids"] = positions_T.unsqueeze(0).expand(ids_BT.shape[0], -1)
-        hidden_BTH: Tensor = self.decoder(input_ids=ids_BT, use_cache=False, **positions).last_hidden_state
+        output = self.decoder(input_ids=ids_BT, past_key_values=cache, use_cache=cache is not None, **positions)
+        hidden_BTH: Tensor = output.last_hidden_state
         return hidden_BTH
 
 
@@ -149,6 +182,27 @@ def check_causal(folder: Path, loaded: LoadedModel) -> None:
             f"model={folder}: is not causal, its logits change by {difference:.3g} with what follows; use a "
             "decoder-only language model"
         )
+
+
+def can_continue(loaded: LoadedModel) -> bool:
+    """Whether a prompt's keys and values are all that a continuation needs.
+
+    Windows that slide over them, recurrent states and caches of other kinds say no: by their kind, or by a probe that
+    comes out differently.
+    """
+    ids_1T = _probe_ids(loaded)
+    num_kept = max(1, ids_1T.shape[1] // 2)
+    if set(getattr(loaded.decoder.config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        return False
+    try:
+        with torch.inference_mode():
+            whole_TH, prefixes = loaded.hidden_with_prefixes(ids_1T, {0: num_kept})
+            continued_TH = loaded.hidden_after(prefixes[0], ids_1T[:, num_kept:])
+            expected_TV = loaded.head.logits(whole_TH[0, num_kept - 1 :])
+            found_TV = loaded.head.logits(continued_TH[0])
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    return _largest_difference(found_TV, expected_TV) <= _tolerance(loaded, expected_TV)
 
 
 def _probe_ids(loaded: LoadedModel) -> Tensor:

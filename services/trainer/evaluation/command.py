@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from opd.errors import ConfigError
 from services.trainer.evaluation.estimates import gap_recovery
 from services.trainer.evaluation.evaluation import PAPER_NUM_SAMPLES, PAPER_SAMPLING, EvaluatedModel, run_evaluation
-from services.trainer.evaluation.results import EvaluationResult, recovery_json, recovery_line, results_table
+from services.trainer.evaluation.results import EvaluationResult, recovery_json, recovery_line, results_tables
 from services.trainer.models import LoadedModel, load_model
 from services.trainer.prompts import PromptProblem, PromptView, load_problems, tokenize_problems
 from services.trainer.rollout.base import SamplingParams
@@ -130,7 +130,8 @@ def _report(
 ) -> dict[str, Any]:
     """The JSON result; the table and one line per gap recovery go to the console."""
     if console is not None:
-        console.print(results_table(list(results.values())))
+        for table in results_tables(list(results.values())):
+            console.print(table)
     report: dict[str, Any] = {"results": [result.as_json() for result in results.values()]}
     if before is None or teacher is None:
         return report

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from services.trainer.evaluation.estimates import Estimate, GapRecovery, mean_over_problems, pass_at_k
@@ -99,43 +100,41 @@ def _powers_of_two(num_samples: int) -> list[int]:
     return [1 << exponent for exponent in range(num_samples.bit_length())]
 
 
-def results_table(results: Sequence[EvaluationResult]) -> Table:
-    """One line per model and set; parts of a set below it."""
-    table = Table(title="Evaluation")
-    for name in (
-        "model",
-        "data",
-        "problems",
-        "avg@n",
-        "95 %",
-        "pass@n",
-        "all",
-        "none",
-        "cut off",
-        "no answer",
-        "tokens",
-    ):
-        table.add_column(name, justify="left" if name in ("model", "data") else "right")
+def results_tables(results: Sequence[EvaluationResult]) -> list[Table]:
+    """One table a model, one line a set, parts of a set below it; fits a terminal of 80 columns."""
+    models = dict.fromkeys(result.model for result in results)
+    return [_table(model, [result for result in results if result.model == model]) for model in models]
+
+
+def _table(model: str, results: Sequence[EvaluationResult]) -> Table:
+    total = results[0].total
+    table = Table(title=model, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("set")
+    samples, most = f"avg@{total.num_samples}", f"pass@{max(total.pass_at_k)}"
+    for name in ("n", samples, "95 %", most, "all", "none", "cut off", "no form", "tokens"):
+        table.add_column(name, justify="right")
     for result in results:
-        _add_line(table, result.model, result.data, result.total)
-        for kind, parts in (("", result.by_source), ("level ", result.by_level)):
+        _add_line(table, result.data, result.total)
+        by_level = {f"level {name}": summary for name, summary in result.by_level.items()}
+        # A set whose sources are its levels says everything once.
+        is_same = list(result.by_source.values()) == list(by_level.values())
+        for parts in (result.by_source, {} if is_same else by_level):
             if len(parts) > 1:
                 for name, summary in parts.items():
-                    _add_line(table, "", f"  {kind}{name}", summary)
+                    _add_line(table, f"  {name.rpartition('/')[2]}", summary)
     return table
 
 
-def _add_line(table: Table, model: str, name: str, summary: Summary) -> None:
+def _add_line(table: Table, name: str, summary: Summary) -> None:
     accuracy = summary.accuracy
     shares = (summary.solve_all, summary.solve_none, summary.truncated, summary.format_errors)
     table.add_row(
-        model,
         name,
         str(summary.num_problems),
-        f"{accuracy.value:.1%} @{summary.num_samples}",
-        f"{accuracy.low:.1%} to {accuracy.high:.1%}",
-        f"{max(summary.pass_at_k.items())[1]:.1%} @{max(summary.pass_at_k)}",
-        *(f"{share:.1%}" for share in shares),
+        f"{accuracy.value:.1%}",
+        f"{100 * accuracy.low:.0f}-{100 * accuracy.high:.0f}",
+        f"{max(summary.pass_at_k.items())[1]:.1%}",
+        *(f"{share:.0%}" for share in shares),
         f"{summary.mean_tokens:.0f}",
     )
 

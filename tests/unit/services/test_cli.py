@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 COMMANDS = (
     [], ["demo"], ["teacher"], ["teacher", "serve"], ["pool"], ["pool", "serve"], ["pool", "promote"], ["pool", "dead"],
-    ["pool", "dead", "list"], ["train"], ["eval"], ["score"], ["report"],
+    ["pool", "dead", "list"], ["redis"], ["train"], ["eval"], ["score"], ["report"],
 )  # fmt: skip
 
 

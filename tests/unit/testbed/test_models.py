@@ -12,8 +12,7 @@ import testbed
 from testbed.cards import CARD_FILE, README_FILE
 from testbed.datasets import DATA_FOLDER, read_items
 from testbed.demonstrations import TEMPLATE_NAMES
-from testbed.measuring import Summary, grade_samples, summarize
-from testbed.sampling import Sampling
+from testbed.measuring import TRAINING_SAMPLING, Summary, grade_samples, summarize
 
 MODELS = Path(testbed.__file__).parent / "models"
 NAMES = ("student-base", "teacher-big", "teacher-other", "teacher-post")
@@ -64,7 +63,7 @@ def measured(name: str) -> Summary:
     model = AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODELS / name)
     items = read_items(DATA_FOLDER / "heldout.jsonl")[-NUM_PROBLEMS:]
-    return summarize(grade_samples(model, tokenizer, items, TEMPLATE_NAMES, Sampling(), 1, 5))
+    return summarize(grade_samples(model, tokenizer, items, TEMPLATE_NAMES, TRAINING_SAMPLING, 1))
 
 
 @pytest.mark.parametrize("name", NAMES)

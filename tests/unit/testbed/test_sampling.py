@@ -1,11 +1,12 @@
-"""The sampler against generation one row at a time, and its nucleus."""
+"""What is said of a sampled response, against the model's own distribution in float64."""
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from testbed.architecture import Size, create_model
-from testbed.sampling import Sampling, draw, sample
+from services.trainer.rollout.base import SamplingParams
+from testbed.architecture import MAX_CONTEXT_TOKENS, Size, create_model
+from testbed.sampling import LIVE_PROBABILITY, sample
 from testbed.tokenizer import prompt_text, train_tokenizer
 
 TINY = Size(hidden=32, layers=2, heads=2, key_value_heads=1, intermediate=48, dtype=torch.float32, head_dim=16)
@@ -36,44 +37,36 @@ def greedy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: 
     return ids[start:]
 
 
-def test_rows_of_a_batch_match_rows_alone(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    # A tiny nucleus keeps the most likely token only, which makes sampling greedy.
-    sampling = Sampling(top_p=1e-6, max_tokens=24, batch_rows=3)
-    responses = sample(model, tokenizer, PROMPTS, sampling, 0)
-    for prompt, response in zip(PROMPTS, responses, strict=True):
+def test_text_and_length_leave_the_end_out(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    sampling = SamplingParams(temperature=0, max_response_tokens=24)
+    for prompt, response in zip(PROMPTS, sample(model, tokenizer, PROMPTS, sampling), strict=True):
         expected = greedy(model, tokenizer, prompt, 24)
         ended = expected[-1] == tokenizer.eos_token_id
         assert response.text == tokenizer.decode(expected[:-1] if ended else expected)
         assert (response.num_tokens, response.truncated) == (len(expected), not ended)
 
 
-def test_dropping_finished_rows_keeps_the_others(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    sampling = Sampling(max_tokens=48)
-    responses = sample(model, tokenizer, PROMPTS * 8, sampling, 1)
-    lengths = {response.num_tokens for response in responses}
-    assert len(lengths) > 2
-    for response in responses:
-        assert len(response.entropies) == len(response.num_live) == response.num_tokens
-        assert all(entropy >= -1e-6 for entropy in response.entropies)
-        assert all(num_live >= 1 for num_live in response.num_live)
-        assert response.truncated == (response.num_tokens == 48) or response.num_tokens == 48
+def test_entropy_and_live_tokens_are_the_models(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    (response,) = sample(model, tokenizer, PROMPTS[:1], SamplingParams(temperature=0, max_response_tokens=8))
+    ids = tokenizer(prompt_text(PROMPTS[0]))["input_ids"]
+    taken = greedy(model, tokenizer, PROMPTS[0], 8)
+    with torch.inference_mode():
+        logits_TV = model(input_ids=torch.tensor([ids + taken[:-1]])).logits[0, len(ids) - 1 :].double()
+    probs_TV = torch.softmax(logits_TV, dim=-1)
+    assert response.entropies == pytest.approx((-(probs_TV * probs_TV.log()).sum(-1)).tolist(), abs=1e-4)
+    assert response.num_live == tuple((probs_TV > LIVE_PROBABILITY).sum(-1).tolist())
+
+
+def test_a_limit_beyond_the_context_gives_way(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    long = "12+" * 330
+    room = MAX_CONTEXT_TOKENS - len(tokenizer(prompt_text(long))["input_ids"])
+    assert 0 < room < 64
+    (response,) = sample(model, tokenizer, [long], SamplingParams(max_response_tokens=64))
+    assert response.num_tokens <= room
 
 
 def test_the_seed_decides(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    first, second, other = (sample(model, tokenizer, PROMPTS, Sampling(max_tokens=16), seed) for seed in (3, 3, 4))
+    first, second, other = (
+        sample(model, tokenizer, PROMPTS, SamplingParams(max_response_tokens=16, seed=seed)) for seed in (3, 3, 4)
+    )
     assert first == second != other
-
-
-def test_the_nucleus_is_the_smallest_set_that_reaches_top_p() -> None:
-    logits_BV = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
-    generator = torch.Generator().manual_seed(0)
-
-    def shares(sampling: Sampling) -> list[float]:
-        drawn = draw(logits_BV, sampling, generator)
-        return (torch.bincount(drawn[:, 0], minlength=4) / len(drawn)).tolist()
-
-    assert shares(Sampling()) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
-    assert shares(Sampling(top_p=0.6)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
-    assert shares(Sampling(top_p=0.49)) == [1, 0, 0, 0]
-    squares = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
-    assert shares(Sampling(temperature=0.5)) == pytest.approx((squares / squares.sum()).tolist(), abs=0.03)

@@ -18,7 +18,7 @@ from testbed.demonstrations import Recipe, demonstrations
 from testbed.expert import Kept, Rounds
 from testbed.measuring import Graded
 from testbed.problems import LEVELS
-from testbed.sampling import Response, Sampling
+from testbed.sampling import Response
 from testbed.tokenizer import train_tokenizer
 from testbed.training import Progress, Schedule, mean_loss, train
 
@@ -102,7 +102,7 @@ def test_fresh_items_are_train_problems_of_their_level() -> None:
 
 def test_collect_keeps_right_answers_only_and_balances_levels(monkeypatch: pytest.MonkeyPatch) -> None:
     def fake_grade(
-        model: object, tokenizer: object, items: list[object], templates: list[str], sampling: Sampling, *rest: int
+        model: object, tokenizer: object, items: list[object], templates: list[str], *rest: object
     ) -> list[object]:
         response = Response(text="right", num_tokens=1, truncated=False, entropies=(0.0,), num_live=(1,))
         wrong = replace(response, text="wrong")

@@ -67,3 +67,29 @@ def test_no_rows_gives_no_rows() -> None:
 def test_a_k_outside_the_vocabulary_is_refused(k: int) -> None:
     with pytest.raises(InvalidRequestError, match=rf"score_top_k={k} is outside 1..5"):
         top_k_stable(torch.zeros(1, 5), k)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_columns=st.integers(64 * 4 * 3, 64 * 4 * 3 + 200),
+    k=st.integers(1, 3),
+    num_values=st.integers(1, 6),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_wide_rows_ranked_by_groups_match_a_sort_of_pairs(num_columns: int, k: int, num_values: int, seed: int) -> None:
+    """Few different values, so that ties cross groups, and widths that leave columns in no group."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, num_values, (4, num_columns), generator=generator).float()
+    # A lone winner anywhere, so that the best group is not always the first.
+    values[torch.arange(4), torch.randint(0, num_columns, (4,), generator=generator)] = 9.0
+    ids, kept = top_k_stable(values, k)
+    assert ids.tolist() == [_expected_ids(row, k) for row in values.tolist()]
+    assert torch.equal(kept, values.gather(-1, ids))
+
+
+def test_a_wide_row_with_nan_harms_no_neighbour() -> None:
+    values = torch.randn(3, 5_000, generator=torch.Generator().manual_seed(1))
+    values[1] = torch.nan
+    ids, _ = top_k_stable(values, 8)
+    assert ids.shape == (3, 8)
+    assert [ids[row].tolist() for row in (0, 2)] == [_expected_ids(values[row].tolist(), 8) for row in (0, 2)]

@@ -316,7 +316,7 @@ def test_the_command_evaluates_folders_on_files(tmp_path: Path) -> None:
     assert recovery["gap"] == pytest.approx(gap)
     assert recovery["estimate"]["value"] == pytest.approx((accuracies[1] - accuracies[0]) / gap)
     printed = text.getvalue()
-    assert "Evaluation" in printed and f"{accuracies[2]:.1%} @12" in printed and "gap" in printed
+    assert "avg@12" in printed and f"{accuracies[2]:.1%}" in printed and "gap" in printed
     again = evaluate_command([teacher], [str(data)], num_samples=12, device="cpu", cache_folder=tmp_path / "cache")
     assert again["results"] == results[2:]
 
