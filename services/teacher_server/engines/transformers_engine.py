@@ -71,9 +71,9 @@ class TransformersEngine:
         self._model = model
         self._limits = limits
         self._observe = observe
-        self._shared_head = share_head(model.head) if limits.serves_hidden_states else None
         self._prefixes = PrefixCache(limits.prefix_cache_tokens)
         self._shares_prompts = limits.prefix_cache_tokens > 0 and can_continue(model)
+        self._shared_head = share_head(model.head) if limits.serves_hidden_states else None
         self._info = _describe(model, teacher=teacher, name=name, fingerprint=fingerprint, limits=limits)
         if self._shared_head is not None:
             self._info = _with_hidden_states(self._info, model, self._shared_head)
