@@ -34,24 +34,12 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _CHUNK_BYTES = 1 << 20
 
 
-def allow_everybody(context: Any) -> None:
-    """The right to hidden states and the output head where nobody is told apart."""
-
-
 class TeacherServicer(pb_grpc.TeacherServiceServicer):
     """One method per RPC."""
 
-    def __init__(
-        self,
-        slot: ScoringSlot,
-        *,
-        chunk_bytes: int = _CHUNK_BYTES,
-        check_right: Callable[[Any], None] = allow_everybody,
-    ) -> None:
-        """`check_right` is given the context of a call for hidden states or the head; PermissionDeniedError says no."""
+    def __init__(self, slot: ScoringSlot, *, chunk_bytes: int = _CHUNK_BYTES) -> None:
         self._slot = slot
         self._chunk_bytes = chunk_bytes
-        self._check_right = check_right
 
     async def GetInfo(self, request: pb.GetInfoRequest, context: Any) -> pb.GetInfoResponse:
         return await _guarded(context, lambda: self._info(request))
@@ -66,7 +54,7 @@ class TeacherServicer(pb_grpc.TeacherServiceServicer):
     async def GetOutputHead(
         self, request: pb.GetOutputHeadRequest, context: Any
     ) -> AsyncIterator[pb.GetOutputHeadResponse]:
-        for message in await _guarded(context, lambda: self._output_head(request, context)):
+        for message in await _guarded(context, lambda: self._output_head(request)):
             yield message
 
     async def _info(self, request: pb.GetInfoRequest) -> pb.GetInfoResponse:
@@ -87,13 +75,10 @@ class TeacherServicer(pb_grpc.TeacherServiceServicer):
 
     async def _score_stream(self, message: pb.ScoreStreamRequest, context: Any) -> Iterator[pb.ScoreStreamResponse]:
         request = request_from_proto(message.request)
-        if request.wants_hidden_states:
-            self._check_right(context)
         reply = await self._slot.get().score(request, patience_s=context.time_remaining(), is_streamed=True)
         return split_reply(reply, request.encoding, self._chunk_bytes)
 
-    async def _output_head(self, message: pb.GetOutputHeadRequest, context: Any) -> Iterator[pb.GetOutputHeadResponse]:
-        self._check_right(context)
+    async def _output_head(self, message: pb.GetOutputHeadRequest) -> Iterator[pb.GetOutputHeadResponse]:
         head = self._scoring_of(message.teacher).output_head()
         return head_messages(head, message.offset_bytes, self._chunk_bytes)
 

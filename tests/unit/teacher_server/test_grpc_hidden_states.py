@@ -17,11 +17,12 @@ from opd.client import ScoreClient
 from opd.errors import OpdError, PermissionDeniedError, TeacherUnavailableError, UnknownTeacherError, UnsupportedError
 from opd.head_cache import HeadCache
 from opd.rpc.client import GrpcScoreClient
+from opd.rpc.status import STATUS, trailing_metadata
 from opd.types import Capability, ScoreRequest, Scores, SharedHead
 from opd.wire.messages import request_to_proto
 from opd.wire.pb import teacher_pb2 as pb
 from opd.wire.pb.teacher_pb2_grpc import TeacherServiceStub, add_TeacherServiceServicer_to_server
-from services.teacher_server.grpc_api import TeacherServicer, allow_everybody
+from services.teacher_server.grpc_api import TeacherServicer
 from tests.unit.teacher_server.fake_engine import FakeEngine, fake_info
 from tests.unit.teacher_server.test_grpc_api import Service, serving
 from tests.unit.teacher_server.tiny_teachers import make_request
@@ -63,14 +64,13 @@ class HiddenEngine(FakeEngine):
 @asynccontextmanager
 async def serving_hidden(
     monkeypatch: pytest.MonkeyPatch,
-    check_right: Callable[[Any], None] = allow_everybody,
     make_servicer: Callable[..., TeacherServicer] = TeacherServicer,
 ) -> AsyncIterator[tuple[Service, str]]:
     """The service of the other tests with this engine, and chunks of 200 bytes on a port beside it."""
     monkeypatch.setattr("tests.unit.teacher_server.test_grpc_api.FakeEngine", lambda _info: HiddenEngine())
     async with serving() as (service, _):
         server = grpc.aio.server()
-        servicer = make_servicer(service.slot, chunk_bytes=200, check_right=check_right)
+        servicer = make_servicer(service.slot, chunk_bytes=200)
         add_TeacherServiceServicer_to_server(servicer, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
@@ -139,19 +139,34 @@ async def test_the_head_arrives_as_a_file_that_others_can_read(monkeypatch: pyte
     np.testing.assert_array_equal(found["bias"], BIAS)
 
 
-async def test_hidden_states_and_head_are_a_right_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    def deny(context: Any) -> None:
-        assert context.peer()
-        raise PermissionDeniedError("tenant math: has no right to hidden states; ask for hidden_states=true")
+class DenyingServicer(TeacherServicer):
+    """Says no before anything is handled, as whoever judges rights does."""
 
-    async with serving_hidden(monkeypatch, deny) as (service, address), GrpcScoreClient(address) as client:
-        for call in (
-            lambda: client.score(make_request(3, wants_hidden_states=True)),
-            lambda: anext(client.output_head()),
-        ):
-            with pytest.raises(PermissionDeniedError, match="has no right to hidden states"):
-                await call()
-        assert service.engine.scored == []
+    async def ScoreStream(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        await self._deny(context)
+        yield
+
+    async def GetOutputHead(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        await self._deny(context)
+        yield
+
+    async def _deny(self, context: Any) -> None:
+        error = PermissionDeniedError("tenant math: has no right to hidden states")
+        await context.abort(STATUS[error.code], error.message, trailing_metadata(error))
+
+
+async def test_a_refused_right_arrives_as_itself_and_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async with (
+        serving_hidden(monkeypatch, make_servicer=DenyingServicer) as (service, address),
+        ScoreClient.connect(f"grpc://{address}", teacher="tiny", tenant="math") as client,
+    ):
+        with pytest.raises(PermissionDeniedError, match="has no right to hidden states"):
+            await client.score(make_request(3, wants_hidden_states=True))
+        with pytest.raises(PermissionDeniedError, match="has no right to hidden states"):
+            await client.output_head(tmp_path)
+        assert client.stats.resubmitted == 0 and service.engine.scored == []
         assert (await client.score(make_request(3))).rollout_id == "run.0.3"
 
 

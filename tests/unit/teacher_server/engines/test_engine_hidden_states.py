@@ -150,3 +150,19 @@ def test_a_bias_of_another_dtype_than_the_weight_is_refused() -> None:
     head = OutputHead(weight_VH=torch.zeros(3, 2, dtype=torch.bfloat16), bias_V=torch.zeros(3))
     with pytest.raises(ConfigError, match=r"hidden_states\.enabled=true: the output head's bias is torch\.float32"):
         share_head(head)
+
+
+def test_states_after_a_shared_prompt_are_those_of_a_request_alone(tmp_path: Path) -> None:
+    engine = load(save_tiny_teacher(tmp_path / "tiny"))
+    first = make_request(1, num_prompt=80, num_response=15, wants_hidden_states=True)
+    siblings = [
+        replace(make_request(seed, num_response=15, wants_hidden_states=True), prompt_token_ids=first.prompt_token_ids)
+        for seed in (2, 3, 4)
+    ]
+    one(engine, first)
+    outcomes = engine.score(siblings)
+    for request, outcome in zip(siblings, outcomes, strict=True):
+        alone = one(load(tmp_path / "tiny"), request)
+        assert isinstance(outcome, Scores) and outcome.hidden_states is not None and alone.hidden_states is not None
+        np.testing.assert_allclose(outcome.hidden_states, alone.hidden_states, atol=1e-4, rtol=0)
+        assert np.abs(rebuilt(engine, outcome) - rebuilt(engine, alone)).max() <= 1e-4
