@@ -65,9 +65,9 @@ def row_moments(logits_CV: Tensor) -> RowMoments:
 def _maxima(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
     """Of groups [B, G] and of rows [B, 1]."""
     num_rows, num_columns = logits_BV.shape
-    num_grouped = num_columns // GROUP * GROUP
-    maxima_BG = logits_BV[:, :num_grouped].reshape(num_rows, -1, GROUP).amax(dim=-1)
-    rest_BR = logits_BV[:, num_grouped:]
+    num_groups = num_columns // GROUP
+    maxima_BG = logits_BV[:, : num_groups * GROUP].reshape(num_rows, num_groups, GROUP).amax(dim=-1)
+    rest_BR = logits_BV[:, num_groups * GROUP :]
     return maxima_BG, torch.cat([maxima_BG, rest_BR], dim=-1).amax(dim=-1, keepdim=True)
 
 
@@ -86,7 +86,8 @@ def _eager(logits_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _on_device(logits_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    compiled = _compiled()
+    # To the compiler one row, or none, is a shape of its own: it would compile again while requests wait.
+    compiled = _compiled() if logits_CV.shape[0] > 1 else None
     if compiled is None:
         return _eager(logits_CV)
     try:

@@ -8,18 +8,21 @@ result with the model's own logits before anything is served; a model that does 
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache
 from transformers.utils import logging as transformers_logging
 
 from opd.errors import ConfigError
 from opd.ops import OutputHead
 from opd.vocabulary import Vocabulary, describe_vocabulary
+from services.teacher_server.engines.cache_layers import PromptsLayer, SharedLayer
 from services.teacher_server.engines.model_folder import check_folder
 from services.teacher_server.engines.prefix_cache import Prefix
 
@@ -51,32 +54,28 @@ class LoadedModel:
 
     def hidden_with_prefixes(self, ids_BT: Tensor, sizes: Mapping[int, int]) -> tuple[Tensor, dict[int, Prefix]]:
         """The same, and what a continuation of the first P tokens of some rows needs; `sizes` is row -> P."""
-        cache = DynamicCache()
+        if not sizes:
+            return self.hidden(ids_BT), {}
+        cache = Cache(layer_class_to_replicate=partial(PromptsLayer, sizes))
         hidden_BTH = self._run(ids_BT, cache, 0)
-        return hidden_BTH, {
+        prefixes = {
             row: Prefix(
-                # Copies, because a view would keep the whole rectangle alive.
-                layers=tuple(
-                    (layer.keys[row : row + 1, :, :size].clone(), layer.values[row : row + 1, :, :size].clone())
-                    for layer in cache.layers
-                ),
+                layers=tuple(layer.prompts[row] for layer in cache.layers),
                 last_hidden_H=hidden_BTH[row, size - 1].clone(),
             )
             for row, size in sizes.items()
         }
+        return hidden_BTH, prefixes
 
     def hidden_after(self, prefix: Prefix, ids_BT: Tensor) -> Tensor:
         """Hidden states [B, 1 + T, H] of the prefix's last position and of right-padded continuations of it."""
-        num_rows = ids_BT.shape[0]
-        first_B1H = prefix.last_hidden_H.expand(num_rows, 1, -1)
+        first_B1H = prefix.last_hidden_H.expand(ids_BT.shape[0], 1, -1)
         if not ids_BT.shape[1]:
             return first_B1H
-        repeated = [
-            (keys.expand(num_rows, -1, -1, -1), values.expand(num_rows, -1, -1, -1)) for keys, values in prefix.layers
-        ]
-        return torch.cat([first_B1H, self._run(ids_BT, DynamicCache(repeated), prefix.num_tokens)], dim=1)
+        cache = Cache(layers=[SharedLayer(keys, values) for keys, values in prefix.layers])
+        return torch.cat([first_B1H, self._run(ids_BT, cache, prefix.num_tokens)], dim=1)
 
-    def _run(self, ids_BT: Tensor, cache: DynamicCache | None, start: int) -> Tensor:
+    def _run(self, ids_BT: Tensor, cache: Cache | None, start: int) -> Tensor:
         positions = {}
         if self.takes_position_ids:
             positions_T = torch.arange(start, start + ids_BT.shape[1], device=ids_BT.device)

@@ -79,11 +79,29 @@ def test_rows_do_not_depend_on_their_neighbours() -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 def test_the_compiled_kernel_gives_the_same() -> None:
     moments._compiled.cache_clear()
-    for num_rows in (8, 5):
+    for num_rows in (8, 5, 1, 0):
         logits = _logits(num_rows, 5_000)
+        if not num_rows:
+            assert moments._on_device(logits)[0].shape == (0,)
+            continue
         for found, expected in zip(moments._on_device(logits)[:2], _expected(logits), strict=True):
             np.testing.assert_allclose(found, expected, atol=3e-6, rtol=1e-6)
     assert moments._compiled() is not None, "it fell back, so this test said nothing of the compiled kernel"
+
+
+@pytest.mark.parametrize("num_rows", [0, 1])
+def test_one_row_or_none_is_never_compiled_for(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last row of a long response, or a mask that asks for none: it must not hold up whoever waits behind it."""
+
+    def compiled(_: torch.Tensor) -> None:
+        raise AssertionError("compiled for a shape of its own")
+
+    monkeypatch.setattr(moments, "_compiled", lambda: compiled)
+    monkeypatch.setenv(moments.NO_COMPILE, "")
+    logits = _logits(num_rows, 300)
+    normalizer, entropy, maxima = moments._on_device(logits)
+    assert (normalizer.shape, entropy.shape, maxima.shape) == ((num_rows,), (num_rows,), (num_rows, 4))
+    assert not moments.os.environ[moments.NO_COMPILE], "it gave up compiling for all later requests"
 
 
 def test_without_a_compiler_the_answer_is_the_same_and_it_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
