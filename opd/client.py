@@ -139,6 +139,7 @@ class _QueueTransport:
             num_tokens=request.num_tokens,
             timeout_ms=request.timeout_ms,
             body=encode_request(request),
+            prompt_hash=request.prompt_hash,
         )
         return decode_reply(reply)
 

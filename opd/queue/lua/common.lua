@@ -32,7 +32,8 @@ local function as_table(flat)
   return fields
 end
 
--- An entry's fields: r rollout id, t tokens, i incarnation, d timeout in ms, a attempt, k set when it was requeued.
+-- An entry's fields: r rollout id, t tokens, i incarnation, d timeout in ms, a attempt, p prompt hash (empty: no
+-- siblings), k set when it was requeued.
 local function entry_at(tenant, id)
   local found = redis.call('XRANGE', key('requests', tenant), id, id)
   return found[1] and as_table(found[1][2])

@@ -4,11 +4,13 @@
 -- age_ms, remaining_ms, attempt}. The tokens fit the budget, except that one entry larger than all of it comes alone.
 -- A suspect (its lease ran out with a replica) comes alone and only to a replica that holds nothing: whoever goes down
 -- with it takes nobody else's delivery count up. `must_drain` asks the caller to finish what it holds for that.
+-- Behind an entry come, while its tenant's credit lasts, those of the same prompt among the next LOOKAHEAD, so that one
+-- replica's prefix cache serves them all; then whoever was passed over is served first, so nobody is for long.
 
 local consumer, token_budget, max_entries = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local lease_ms, max_deliveries, num_held = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local quantum_tokens, reply_ttl_ms = tonumber(ARGV[8]), tonumber(ARGV[9])
-local MAX_TENANTS, MAX_RECLAIMS, MAX_DEAD_LETTERS, CHUNK = 128, 32, 1000, 16
+local MAX_TENANTS, MAX_RECLAIMS, MAX_DEAD_LETTERS, LOOKAHEAD = 128, 32, 1000, 32
 local num_looks_left = 512
 local now = now_ms()
 local taken, spent_tokens = {}, 0
@@ -60,7 +62,7 @@ local function bury(tenant, id, fields, record)
   local dead = key('dead', tenant)
   redis.call('PERSIST', key('body', tenant, fields.i, fields.r))
   redis.call('XADD', dead, '*', 'r', fields.r, 't', fields.t, 'i', fields.i, 'd', fields.d, 'a', fields.a,
-    'n', record[4], 'c', record[2], 'e', id)
+    'p', fields.p, 'n', record[4], 'c', record[2], 'e', id)
   redis.call('SADD', key('dead_tenants'), tenant)
   if redis.call('XLEN', dead) > MAX_DEAD_LETTERS then
     local oldest = redis.call('XRANGE', dead, '-', '+', 'COUNT', 1)[1]
@@ -132,30 +134,57 @@ local function group_state(tenant)
   return '0-0', 0
 end
 
--- Moves `queue.head` to the tenant's next undelivered entry that is still wanted; nil at the end.
-local function advance(queue)
-  queue.head = nil
-  while num_looks_left > 0 do
-    if queue.next > #queue.chunk then
-      queue.chunk = redis.call('XRANGE', key('requests', queue.tenant), '(' .. queue.cursor, '+', 'COUNT', CHUNK)
-      queue.next = 1
-      if #queue.chunk == 0 then
-        return
-      end
+-- Appends the next entries of the stream to `queue.ahead`; of those, siblings pulled forward earlier are leased already.
+local function read_on(queue)
+  local stream = key('requests', queue.tenant)
+  -- One entry tells whether there is work; more are read from a tenant that is being served.
+  local chunk = redis.call('XRANGE', stream, '(' .. queue.seen, '+', 'COUNT', #queue.ahead == 0 and 2 or LOOKAHEAD)
+  if not chunk[1] then
+    queue.is_at_end = true
+    return
+  end
+  queue.seen = chunk[#chunk][1]
+  local leased = {}
+  if queue.num_pending > 0 then
+    local records = redis.call('XPENDING', stream, GROUP, chunk[1][1], queue.seen, queue.num_pending)
+    for _, record in ipairs(records) do
+      leased[record[1]] = true
     end
-    local entry = queue.chunk[queue.next]
-    queue.next, queue.cursor = queue.next + 1, entry[1]
-    num_looks_left = num_looks_left - 1
+  end
+  for _, entry in ipairs(chunk) do
     local fields = as_table(entry[2])
-    if not retire(queue.tenant, entry[1], fields) then
-      queue.head = {id = entry[1], fields = fields, tokens = tonumber(fields.t)}
-      return
-    end
+    queue.ahead[#queue.ahead + 1] =
+      {id = entry[1], fields = fields, tokens = tonumber(fields.t), is_gone = leased[entry[1]]}
   end
 end
 
-local function open_queue(tenant, last_delivered)
-  local queue = {tenant = tenant, cursor = last_delivered, chunk = {}, next = 1, num_taken = 0, is_granted = false}
+local function look_at(queue, place)
+  if place > #queue.ahead and not queue.is_at_end then
+    read_on(queue)
+  end
+  return queue.ahead[place]
+end
+
+-- Moves `queue.head` to the tenant's first undelivered entry that is still wanted; nil at the end.
+local function advance(queue)
+  queue.head = nil
+  while num_looks_left > 0 do
+    local item = look_at(queue, queue.place + 1)
+    if not item then
+      return
+    end
+    num_looks_left = num_looks_left - 1
+    if not item.is_gone and not retire(queue.tenant, item.id, item.fields) then
+      queue.head = item
+      return
+    end
+    queue.place, queue.passed = queue.place + 1, item.id
+  end
+end
+
+local function open_queue(tenant, last_delivered, num_pending)
+  local queue = {tenant = tenant, seen = last_delivered, passed = last_delivered, num_pending = num_pending,
+    ahead = {}, place = 0, leased = {}, is_granted = false}
   queue.deficit = tonumber(redis.call('HGET', key('deficits'), tenant) or '0')
   queue.weight = math.max(tonumber(redis.call('HGET', key('limits'), 'weight:' .. tenant) or '1'), 0.001)
   advance(queue)
@@ -167,7 +196,7 @@ local function open_queues(tenants)
   local queues = {}
   for _, tenant in ipairs(tenants) do
     local last_delivered, num_pending = group_state(tenant)
-    local queue = last_delivered and open_queue(tenant, last_delivered)
+    local queue = last_delivered and open_queue(tenant, last_delivered, num_pending)
     if queue and queue.head then
       queues[#queues + 1] = queue
     elseif redis.call('XLEN', key('requests', tenant)) == 0 and (num_pending or 0) == 0 then
@@ -179,15 +208,40 @@ local function open_queues(tenants)
   return queues
 end
 
+local function serve_item(queue, item)
+  deliver(queue.tenant, item.id, item.fields, 1)
+  item.is_gone = true
+  queue.leased[#queue.leased + 1] = item.id
+  queue.deficit = queue.deficit - item.tokens
+end
+
+-- Delivers what follows the head nearby and has the same prompt, as far as credit and budget go.
+local function serve_siblings(queue)
+  local prompt, head = queue.head.fields.p, queue.place + 1
+  for place = head + 1, prompt and prompt ~= '' and head + LOOKAHEAD or 0 do
+    local item = look_at(queue, place)
+    if not item then
+      return
+    end
+    local is_sibling = item.fields.p == prompt and not item.is_gone
+    if is_sibling and item.tokens <= queue.deficit and fits(item.tokens) then
+      if retire(queue.tenant, item.id, item.fields) then
+        item.is_gone = true
+      else
+        serve_item(queue, item)
+      end
+    end
+  end
+end
+
 -- Delivers from one queue while deficit and budget last; false when the budget, not the deficit, said stop.
 local function serve(queue)
   while queue.head and queue.head.tokens <= queue.deficit do
     if not fits(queue.head.tokens) then
       return false
     end
-    deliver(queue.tenant, queue.head.id, queue.head.fields, 1)
-    queue.deficit = queue.deficit - queue.head.tokens
-    queue.num_taken = queue.num_taken + 1
+    serve_item(queue, queue.head)
+    serve_siblings(queue)
     advance(queue)
   end
   return true
@@ -216,7 +270,7 @@ local function run_rounds(queues, is_granted)
     if not queue.is_granted then
       queue.deficit, queue.is_granted = queue.deficit + quantum_tokens * queue.weight, true
     end
-    local num_before = queue.num_taken
+    local num_before = #queue.leased
     if not serve(queue) then
       return queue.tenant, true
     end
@@ -225,7 +279,7 @@ local function run_rounds(queues, is_granted)
       table.remove(queues, position)
     else
       queue.is_granted, position = false, position + 1
-      num_idle = queue.num_taken == num_before and num_idle + 1 or 0
+      num_idle = #queue.leased == num_before and num_idle + 1 or 0
     end
     position = position > #queues and 1 or position
     if queues[1] and num_idle >= #queues then
@@ -251,12 +305,16 @@ local function tenants_in_turn(turn)
   return ordered, #names > MAX_TENANTS and names[(first - 1 + MAX_TENANTS) % #names + 1] or nil
 end
 
--- Leases what `run_rounds` chose: the first undelivered entries of each stream are exactly those.
+-- Leases what `run_rounds` chose. By XCLAIM with FORCE, because XREADGROUP knows no choice; LASTID keeps the group's
+-- mark where it would stand: at the last entry before which all are delivered.
 local function lease(all_queues)
   for _, queue in ipairs(all_queues) do
-    if queue.num_taken > 0 then
-      redis.call('XREADGROUP', 'GROUP', GROUP, consumer, 'COUNT', queue.num_taken,
-        'STREAMS', key('requests', queue.tenant), '>')
+    if #queue.leased > 0 then
+      local command = {'XCLAIM', key('requests', queue.tenant), GROUP, consumer, 0, unpack(queue.leased)}
+      for _, option in ipairs({'FORCE', 'JUSTID', 'RETRYCOUNT', 1, 'LASTID', queue.passed}) do
+        command[#command + 1] = option
+      end
+      redis.call(unpack(command))
     end
     redis.pcall('HSET', key('deficits'), queue.tenant, string.format('%.3f', queue.deficit))
   end

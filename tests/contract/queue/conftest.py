@@ -33,9 +33,10 @@ class ScriptBench:
         body: bytes = b"body",
         incarnation: str = INCARNATION,
         attempt: int = 0,
+        prompt: str = "",
         fraction: float = 0.7,
     ) -> tuple[str, str, str]:
-        numbers = (tokens, timeout_ms, attempt, body, timeout_ms + 60_000, fraction)
+        numbers = (tokens, timeout_ms, attempt, prompt, body, timeout_ms + 60_000, fraction)
         answer = await self.run("submit", tenant, incarnation, rollout_id, *numbers)
         state, first, second = (part.decode() for part in answer)
         return state, first, second

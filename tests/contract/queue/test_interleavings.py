@@ -57,7 +57,8 @@ class World:
         if rollout not in self.open:
             self.expected[rollout] += 1
             self.open[rollout] = tokens
-        await self.run("submit", tenant, LIFE, rollout[1], self.open[rollout], 60_000, 0, b"body", 90_000, 0.7)
+        prompt = "even" if number % 2 == 0 else "odd"
+        await self.run("submit", tenant, LIFE, rollout[1], self.open[rollout], 60_000, 0, prompt, b"body", 90_000, 0.7)
 
     async def take(self, replica: str, budget: int) -> None:
         held = self.held[replica]
