@@ -125,7 +125,7 @@ class PoolKeys:
         return self._key("replica", replica_id)
 
     def requests(self, tenant: str) -> str:
-        """Stream of entries: r rollout id, t tokens, i incarnation, d timeout in ms, a attempt, p prompt hash, k requeued."""
+        """Stream of entries: r rollout id, t tokens, i incarnation, d timeout (ms), a attempt, p prompt hash, k requeued."""
         return self._key("requests", tenant)
 
     def entry(self, tenant: str) -> str:

@@ -1,0 +1,1 @@
+"""Measurements that stand behind what the project says of its speed, size and fairness."""
