@@ -62,10 +62,14 @@ local function count(name, amount)
 end
 
 -- Wakes one waiting replica; the list stays short because a longer one would tell nobody more.
-local function push_wake()
-  if redis.call('LLEN', key('wake')) < 16 then
-    redis.pcall('LPUSH', key('wake'), '1')
+local function push(list)
+  if redis.call('LLEN', list) < 16 then
+    redis.pcall('LPUSH', list, '1')
   end
+end
+
+local function push_wake()
+  push(key('wake'))
 end
 
 local function remember(tenant, slot, id, tokens)

@@ -51,4 +51,7 @@ local id = redis.call('XADD', key('requests', tenant), '*',
 remember(tenant, slot, id, tokens)
 redis.call('SADD', key('active'), tenant)
 push_wake()
+if redis.call('XLEN', key('requests', tenant)) == 1 then
+  push(key('newcomers'))
+end
 return {'accepted', id, ''}

@@ -1,19 +1,26 @@
 -- Leases entries to one replica: handed-back ones first, then new ones by deficit round robin over tenants.
--- ARGV: prefix, consumer, token_budget, max_entries, lease_ms, max_deliveries, num_held, quantum_tokens, reply_ttl_ms.
+-- ARGV: prefix, consumer, token_budget, max_entries, lease_ms, max_deliveries, num_held, quantum_tokens, reply_ttl_ms,
+-- then tenant and tokens in turn: what the caller has scored for tenants that came to it directly.
 -- Returns {deliveries, must_drain}; a delivery is {tenant, entry_id, rollout_id, incarnation, tokens, delivery_count,
 -- age_ms, remaining_ms, attempt}. The tokens fit the budget, except that one entry larger than all of it comes alone.
 -- A suspect (its lease ran out with a replica) comes alone and only to a replica that holds nothing: whoever goes down
 -- with it takes nobody else's delivery count up. `must_drain` asks the caller to finish what it holds for that.
+-- A budget of 0 says that the caller is full: then only tenants of whom it holds nothing are served, one entry each that
+-- their next turn pays for, so that a newcomer need not wait until there is room again.
 -- Behind an entry come, while its tenant's credit lasts, those of the same prompt among the next LOOKAHEAD, so that one
 -- replica's prefix cache serves them all; then whoever was passed over is served first, so nobody is for long.
 
 local consumer, token_budget, max_entries = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local lease_ms, max_deliveries, num_held = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local quantum_tokens, reply_ttl_ms = tonumber(ARGV[8]), tonumber(ARGV[9])
-local MAX_TENANTS, MAX_RECLAIMS, MAX_DEAD_LETTERS, LOOKAHEAD = 128, 32, 1000, 32
+local MAX_TENANTS, MAX_RECLAIMS, MAX_DEAD_LETTERS, LOOKAHEAD, MAX_DEBT_ROUNDS = 128, 32, 1000, 32, 64
 local num_looks_left = 512
 local now = now_ms()
 local taken, spent_tokens = {}, 0
+local spent_directly = {}
+for i = 10, #ARGV, 2 do
+  spent_directly[ARGV[i]] = tonumber(ARGV[i + 1])
+end
 
 local function fits(tokens)
   return #taken < max_entries and (#taken == 0 or spent_tokens + tokens <= token_budget)
@@ -182,11 +189,17 @@ local function advance(queue)
   end
 end
 
+-- What a tenant may still take, less what it had elsewhere since the last look: one account for both ways in.
+local function credit_of(tenant, round_tokens)
+  local deficit = tonumber(redis.call('HGET', key('deficits'), tenant) or '0')
+  return math.max(deficit - (spent_directly[tenant] or 0), -MAX_DEBT_ROUNDS * round_tokens)
+end
+
 local function open_queue(tenant, last_delivered, num_pending)
   local queue = {tenant = tenant, seen = last_delivered, passed = last_delivered, num_pending = num_pending,
     ahead = {}, place = 0, leased = {}, is_granted = false}
-  queue.deficit = tonumber(redis.call('HGET', key('deficits'), tenant) or '0')
   queue.weight = math.max(tonumber(redis.call('HGET', key('limits'), 'weight:' .. tenant) or '1'), 0.001)
+  queue.deficit = credit_of(tenant, quantum_tokens * queue.weight)
   advance(queue)
   return queue
 end
@@ -290,6 +303,21 @@ local function run_rounds(queues, is_granted)
   return nil, false
 end
 
+local function holds_nothing_of(tenant)
+  return #redis.call('XPENDING', key('requests', tenant), GROUP, '-', '+', 1, consumer) == 0
+end
+
+local function serve_newcomers(queues)
+  for _, queue in ipairs(queues) do
+    local is_paid = queue.head.tokens <= queue.deficit + quantum_tokens * queue.weight
+    if is_paid and #taken < max_entries and holds_nothing_of(queue.tenant) then
+      serve_item(queue, queue.head)
+      advance(queue)
+      queue.deficit = queue.head and queue.deficit or 0
+    end
+  end
+end
+
 -- The active tenants in order of their names, from the one whose turn it is; and the one after those looked at.
 local function tenants_in_turn(turn)
   local names = redis.call('SMEMBERS', key('active'))
@@ -336,14 +364,21 @@ end
 if suspects[1] and is_drainer() then
   return {{}, 1}
 end
+local is_full = token_budget == 0
 for _, item in ipairs(returned) do
-  if fits(tonumber(item.fields.t)) then
+  if not is_full and fits(tonumber(item.fields.t)) then
     claim(item)
   end
 end
 
 local queues = open_queues(tenants)
 local all_queues = {unpack(queues)}
+if is_full then
+  serve_newcomers(queues)
+  lease(all_queues)
+  count('delivered', #taken)
+  return {taken, 0}
+end
 local is_granted = queues[1] ~= nil and queues[1].tenant == ring[1] and ring[2] == '1'
 local turn, has_quantum = run_rounds(queues, is_granted)
 lease(all_queues)
@@ -351,7 +386,7 @@ redis.pcall('HSET', key('ring'), 'turn', turn or after_tenants or '', 'is_grante
 if turn or #returned > 0 or suspects[1] then
   push_wake()
 elseif num_looks_left > 0 and not after_tenants then
-  redis.call('DEL', key('wake'))
+  redis.call('DEL', key('wake'), key('newcomers'))
 end
 if #taken > 0 then
   count('delivered', #taken)

@@ -51,10 +51,12 @@ class ScriptBench:
         max_deliveries: int = 3,
         held: int = 0,
         quantum: int = 100,
+        spent: dict[str, int] | None = None,
     ) -> list[dict[str, Any]]:
         self.must_drain = False
         numbers = (budget, max_entries, lease_ms, max_deliveries, held, quantum, 60_000)
-        rows, drain = await self.run("take", consumer, *numbers)
+        charges = [part for charge in (spent or {}).items() for part in charge]
+        rows, drain = await self.run("take", consumer, *numbers, *charges)
         self.must_drain = bool(drain)
         names = ("tenant", "id", "rollout_id", "incarnation", "tokens", "count", "age_ms", "remaining_ms", "attempt")
         return [

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 BASE = {"alive:math:00000000000000aa"}
-QUEUED = BASE | {"requests:math", "entry:math", "inflight:math", "active", "wake", "body:math:00000000000000aa:r.0.0"}
+BOOKS = {"requests:math", "entry:math", "inflight:math", "active"}
+QUEUED = BASE | BOOKS | {"wake", "newcomers", "body:math:00000000000000aa:r.0.0"}
 
 
 async def test_an_accepted_request_leaves_exactly_these_keys(bench: Any) -> None:
