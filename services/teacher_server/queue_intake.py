@@ -187,7 +187,9 @@ class QueueIntake:
         try:
             answer = await self._answer(delivery)
             if isinstance(answer, TeacherUnavailableError):
-                self.num_handed_back += await self._consumer.hand_back([delivery])
+                num_returned = await self._consumer.hand_back([delivery])
+                # Added in a step of its own: others hand back while this one waits for Redis.
+                self.num_handed_back += num_returned
             elif isinstance(answer, OpdError):
                 await self._consumer.fail(delivery, answer)
             else:
