@@ -16,7 +16,7 @@ local quantum_tokens, reply_ttl_ms = tonumber(ARGV[8]), tonumber(ARGV[9])
 local MAX_TENANTS, MAX_RECLAIMS, MAX_DEAD_LETTERS, LOOKAHEAD, MAX_DEBT_ROUNDS = 128, 32, 1000, 32, 64
 local num_looks_left = 512
 local now = now_ms()
-local taken, spent_tokens = {}, 0
+local taken, spent_tokens, opened = {}, 0, {}
 local spent_directly = {}
 for i = 10, #ARGV, 2 do
   spent_directly[ARGV[i]] = tonumber(ARGV[i + 1])
@@ -204,21 +204,21 @@ local function open_queue(tenant, last_delivered, num_pending)
   return queue
 end
 
--- Opens the tenants' queues; a tenant without any entry leaves the books, and its stream goes with it.
-local function open_queues(tenants)
-  local queues = {}
-  for _, tenant in ipairs(tenants) do
-    local last_delivered, num_pending = group_state(tenant)
-    local queue = last_delivered and open_queue(tenant, last_delivered, num_pending)
-    if queue and queue.head then
-      queues[#queues + 1] = queue
-    elseif redis.call('XLEN', key('requests', tenant)) == 0 and (num_pending or 0) == 0 then
-      redis.call('DEL', key('requests', tenant))
-      redis.call('SREM', key('active'), tenant)
-      redis.call('HDEL', key('deficits'), tenant)
-    end
+-- A tenant's queue, nil when it has nothing to take; a tenant without any entry leaves the books, its stream with it.
+-- Opened when its turn comes: what is full after a few tenants must not look at all of them.
+local function open(tenant)
+  local last_delivered, num_pending = group_state(tenant)
+  local queue = last_delivered and open_queue(tenant, last_delivered, num_pending)
+  if queue and queue.head then
+    opened[#opened + 1], opened[tenant] = queue, queue
+    return queue
   end
-  return queues
+  if redis.call('XLEN', key('requests', tenant)) == 0 and (num_pending or 0) == 0 then
+    redis.call('DEL', key('requests', tenant))
+    redis.call('SREM', key('active'), tenant)
+    redis.call('HDEL', key('deficits'), tenant)
+  end
+  return nil
 end
 
 local function serve_item(queue, item)
@@ -261,42 +261,47 @@ local function serve(queue)
 end
 
 -- Gives everybody, at once, the whole rounds after which the first head can be served: no loop for large entries.
-local function skip_rounds(queues)
+local function skip_rounds(tenants)
   local num_rounds = math.huge
-  for _, queue in ipairs(queues) do
+  for _, tenant in ipairs(tenants) do
+    local queue = opened[tenant]
     local missing = queue.head.tokens - queue.deficit
     num_rounds = math.min(num_rounds, math.ceil(missing / (quantum_tokens * queue.weight)))
   end
-  for _, queue in ipairs(queues) do
+  for _, tenant in ipairs(tenants) do
+    local queue = opened[tenant]
     queue.deficit = queue.deficit + math.max(num_rounds - 1, 0) * quantum_tokens * queue.weight
   end
 end
 
 -- Deficit round robin; returns the tenant whose turn it is next and whether it already had this round's quantum.
-local function run_rounds(queues, is_granted)
-  local position, num_idle = 1, 0
-  if queues[1] then
-    queues[1].is_granted = is_granted
-  end
-  while queues[1] do
-    local queue = queues[position]
-    if not queue.is_granted then
-      queue.deficit, queue.is_granted = queue.deficit + quantum_tokens * queue.weight, true
-    end
-    local num_before = #queue.leased
-    if not serve(queue) then
-      return queue.tenant, true
-    end
-    if not queue.head then
-      queue.deficit, num_idle = 0, 0
-      table.remove(queues, position)
-    else
-      queue.is_granted, position = false, position + 1
+local function run_rounds(tenants, turn, is_granted)
+  local waiting, position, num_idle = {unpack(tenants)}, 1, 0
+  while waiting[1] do
+    local tenant = waiting[position]
+    local queue = opened[tenant] or open(tenant)
+    if queue then
+      if not queue.is_granted and not (is_granted and tenant == turn) then
+        queue.deficit = queue.deficit + quantum_tokens * queue.weight
+      end
+      queue.is_granted, is_granted = true, false
+      local num_before = #queue.leased
+      if not serve(queue) then
+        return tenant, true
+      end
       num_idle = #queue.leased == num_before and num_idle + 1 or 0
     end
-    position = position > #queues and 1 or position
-    if queues[1] and num_idle >= #queues then
-      skip_rounds(queues)
+    if queue and queue.head then
+      queue.is_granted, position = false, position + 1
+    else
+      table.remove(waiting, position)
+    end
+    if queue and not queue.head then
+      queue.deficit, num_idle = 0, 0
+    end
+    position = position > #waiting and 1 or position
+    if waiting[1] and num_idle >= #waiting then
+      skip_rounds(waiting)
       num_idle = 0
     end
   end
@@ -304,13 +309,14 @@ local function run_rounds(queues, is_granted)
 end
 
 local function holds_nothing_of(tenant)
-  return #redis.call('XPENDING', key('requests', tenant), GROUP, '-', '+', 1, consumer) == 0
+  local found = redis.pcall('XPENDING', key('requests', tenant), GROUP, '-', '+', 1, consumer)
+  return failed(found) or #found == 0
 end
 
-local function serve_newcomers(queues)
-  for _, queue in ipairs(queues) do
-    local is_paid = queue.head.tokens <= queue.deficit + quantum_tokens * queue.weight
-    if is_paid and #taken < max_entries and holds_nothing_of(queue.tenant) then
+local function serve_newcomers(tenants)
+  for _, tenant in ipairs(tenants) do
+    local queue = #taken < max_entries and holds_nothing_of(tenant) and open(tenant)
+    if queue and queue.head.tokens <= queue.deficit + quantum_tokens * queue.weight then
       serve_item(queue, queue.head)
       advance(queue)
       queue.deficit = queue.head and queue.deficit or 0
@@ -335,8 +341,13 @@ end
 
 -- Leases what `run_rounds` chose. By XCLAIM with FORCE, because XREADGROUP knows no choice; LASTID keeps the group's
 -- mark where it would stand: at the last entry before which all are delivered.
-local function lease(all_queues)
-  for _, queue in ipairs(all_queues) do
+local function lease(tenants)
+  for _, tenant in ipairs(tenants) do
+    if spent_directly[tenant] and not opened[tenant] then
+      open(tenant)
+    end
+  end
+  for _, queue in ipairs(opened) do
     if #queue.leased > 0 then
       local command = {'XCLAIM', key('requests', queue.tenant), GROUP, consumer, 0, unpack(queue.leased)}
       for _, option in ipairs({'FORCE', 'JUSTID', 'RETRYCOUNT', 1, 'LASTID', queue.passed}) do
@@ -371,17 +382,14 @@ for _, item in ipairs(returned) do
   end
 end
 
-local queues = open_queues(tenants)
-local all_queues = {unpack(queues)}
 if is_full then
-  serve_newcomers(queues)
-  lease(all_queues)
+  serve_newcomers(tenants)
+  lease(tenants)
   count('delivered', #taken)
   return {taken, 0}
 end
-local is_granted = queues[1] ~= nil and queues[1].tenant == ring[1] and ring[2] == '1'
-local turn, has_quantum = run_rounds(queues, is_granted)
-lease(all_queues)
+local turn, has_quantum = run_rounds(tenants, ring[1], ring[2] == '1')
+lease(tenants)
 redis.pcall('HSET', key('ring'), 'turn', turn or after_tenants or '', 'is_granted', has_quantum and '1' or '0')
 if turn or #returned > 0 or suspects[1] then
   push_wake()
