@@ -13,7 +13,7 @@
 local consumer, token_budget, max_entries = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local lease_ms, max_deliveries, num_held = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local quantum_tokens, reply_ttl_ms = tonumber(ARGV[8]), tonumber(ARGV[9])
-local MAX_TENANTS, MAX_RECLAIMS, MAX_DEAD_LETTERS, LOOKAHEAD, MAX_DEBT_ROUNDS = 128, 32, 1000, 32, 64
+local MAX_TENANTS, MAX_RECLAIMS, MAX_DEAD_LETTERS, LOOKAHEAD, CHUNK, MAX_DEBT_ROUNDS = 128, 32, 1000, 32, 8, 64
 local num_looks_left = 512
 local now = now_ms()
 local taken, spent_tokens, opened = {}, 0, {}
@@ -145,7 +145,7 @@ end
 local function read_on(queue)
   local stream = key('requests', queue.tenant)
   -- One entry tells whether there is work; more are read from a tenant that is being served.
-  local chunk = redis.call('XRANGE', stream, '(' .. queue.seen, '+', 'COUNT', #queue.ahead == 0 and 2 or LOOKAHEAD)
+  local chunk = redis.call('XRANGE', stream, '(' .. queue.seen, '+', 'COUNT', #queue.ahead == 0 and 2 or CHUNK)
   if not chunk[1] then
     queue.is_at_end = true
     return
@@ -232,7 +232,7 @@ end
 local function serve_siblings(queue)
   local prompt, head = queue.head.fields.p, queue.place + 1
   for place = head + 1, prompt and prompt ~= '' and head + LOOKAHEAD or 0 do
-    local item = look_at(queue, place)
+    local item = queue.deficit > 0 and #taken < max_entries and look_at(queue, place)
     if not item then
       return
     end
