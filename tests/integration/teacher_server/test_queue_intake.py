@@ -194,8 +194,8 @@ async def test_an_unsound_replica_hands_back_and_scores_nothing(redis_url: str) 
         async with replica(redis_url, "sound"):
             replies = await gathered([call, other])
             assert [reply.replica for reply in replies] == ["sound", "sound"]
-        # A take that was already waiting may still bring the second one, which goes back at once.
-        assert sick.engine.scored == [["a"]] and sick.intake.num_handed_back in (1, 2)
+        # A take that was already waiting may still bring the first one again and the second one; both go back at once.
+        assert sick.engine.scored == [["a"]] and 1 <= sick.intake.num_handed_back <= 3
 
 
 async def test_a_sick_replica_that_recovers_goes_on(redis_url: str) -> None:
