@@ -57,8 +57,11 @@ local function is_alive(tenant, incarnation)
   return redis.call('EXISTS', key('alive', tenant, incarnation)) == 1
 end
 
+-- Adds to a total; nothing is written for 0, which Redis would refuse when it is out of memory.
 local function count(name, amount)
-  redis.call('HINCRBY', key('counters'), name, amount)
+  if amount > 0 then
+    redis.call('HINCRBY', key('counters'), name, amount)
+  end
 end
 
 -- Wakes one waiting replica; the list stays short because a longer one would tell nobody more.

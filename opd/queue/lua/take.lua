@@ -359,13 +359,6 @@ local function lease(tenants)
   end
 end
 
--- Out of memory only a lease lets this write pass, so there must have been one.
-local function count_delivered()
-  if #taken > 0 then
-    count('delivered', #taken)
-  end
-end
-
 local ring = redis.call('HMGET', key('ring'), 'turn', 'is_granted')
 local tenants, after_tenants = tenants_in_turn(ring[1])
 local suspects, returned = {}, {}
@@ -392,7 +385,7 @@ end
 if is_full then
   serve_newcomers(tenants)
   lease(tenants)
-  count_delivered()
+  count('delivered', #taken)
   return {taken, 0}
 end
 local turn, has_quantum = run_rounds(tenants, ring[1], ring[2] == '1')
@@ -403,5 +396,5 @@ if turn or #returned > 0 or suspects[1] then
 elseif num_looks_left > 0 and not after_tenants then
   redis.call('DEL', key('wake'), key('newcomers'))
 end
-count_delivered()
+count('delivered', #taken)
 return {taken, 0}

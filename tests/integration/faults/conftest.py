@@ -144,7 +144,7 @@ class Student:
 class StudentContext:
     """`async with student_of(url) as student`."""
 
-    def __init__(self, url: str, tenant: str, **rules: Any) -> None:
+    def __init__(self, url: str, tenant: str) -> None:
         self._client = ScoreClient.connect(url, teacher="tiny", tenant=tenant, patience_s=PATIENCE_S, rules=RULES)
 
     async def __aenter__(self) -> Student:
