@@ -161,7 +161,11 @@ class _QueueTransport:
         client, body = self._opened(), encode_request(request)
         check_message_size(request.rollout_id, len(body), await self._message_limit())
         reply = await client.score(
-            rollout_id=request.rollout_id, num_tokens=request.num_tokens, timeout_ms=request.timeout_ms, body=body
+            rollout_id=request.rollout_id,
+            num_tokens=request.num_tokens,
+            timeout_ms=request.timeout_ms,
+            body=body,
+            prompt_hash=request.prompt_hash,
         )
         return decode_reply(reply, request)
 

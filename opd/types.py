@@ -6,6 +6,7 @@ that was not computed is NaN, never 0.0 (which would mean probability 1). Record
 system (a request by the teacher that is to score it), not here, so that building one is free.
 """
 
+import hashlib
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -102,6 +103,11 @@ class ScoreRequest:
     def num_tokens(self) -> int:
         """Prompt and response tokens: the unit of every budget, cap and deficit."""
         return int(self.prompt_token_ids.size + self.response_token_ids.size)
+
+    @property
+    def prompt_hash(self) -> str:
+        """Eight hex digits by which schedulers find rollouts of one prompt; too few to prove that two are equal."""
+        return hashlib.blake2b(self.prompt_token_ids.astype("<i4").tobytes(), digest_size=4).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

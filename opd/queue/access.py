@@ -1,6 +1,6 @@
 """Redis access rules: what a tenant's user, and a pool's, may touch.
 
-A tenant has its own keys, the two shared ones it wakes the pool with, and the right to read limits, handshake and
+A tenant has its own keys, the three shared ones it wakes the pool with, and the right to read limits, handshake and
 alias. Redis 6.2 knows no read-only key patterns: there these three are guarded by the list of commands alone. Scripts
 run with the rights of their caller, and a tenant may send scripts of its own, so admission binds only tenants that
 play by the rules; what a tenant gets of the pool is decided in `take`, with rights that no tenant has.
@@ -14,7 +14,7 @@ from opd.queue.keys import SHARED_NAMES, TENANT_NAMES, PoolKeys, alias_key, chec
 _CONNECTION = "+ping +info +hello +client|setname +select +time"
 _SCRIPTS = "+eval +evalsha"
 _TENANT_WRITES = "+set +del +pexpire +xadd +xdel +hset +hdel +hincrby +sadd +lpush"
-_TENANT_READS = "+get +strlen +exists +xread +xrange +hget +hmget +llen"
+_TENANT_READS = "+get +strlen +exists +xread +xrange +xlen +hget +hmget +llen"
 _PER_INCARNATION = frozenset({"alive", "body", "replies", "reply"})
 _OPERATOR_ONLY = frozenset({"dead"})
 

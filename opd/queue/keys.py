@@ -14,7 +14,7 @@ from opd.errors import InvalidRequestError
 GROUP = "pool"
 """The one consumer group of every request stream."""
 
-SHARED_NAMES = frozenset({"active", "wake"})
+SHARED_NAMES = frozenset({"active", "newcomers", "wake"})
 """Pool-wide keys that tenants write."""
 POOL_NAMES = frozenset({"counters", "deficits", "drain", "dead_tenants", "info", "limits", "replicas", "ring"})
 """Pool-wide keys that only the pool writes; `replica:<id>` is the ninth."""
@@ -81,6 +81,11 @@ class PoolKeys:
         return self._key("wake")
 
     @property
+    def newcomers(self) -> str:
+        """Short list that full replicas block on: a tenant came that had nothing here."""
+        return self._key("newcomers")
+
+    @property
     def limits(self) -> str:
         """Hash: `weight:<tenant>`, `cap:<tenant>`, `cap:*` (tokens in flight)."""
         return self._key("limits")
@@ -125,7 +130,7 @@ class PoolKeys:
         return self._key("replica", replica_id)
 
     def requests(self, tenant: str) -> str:
-        """Stream of entries: r rollout id, t tokens, i incarnation, d timeout in ms, a attempt, k requeued."""
+        """Stream of entries: r rollout id, t tokens, i incarnation, d timeout, a attempt, p prompt hash, k requeued."""
         return self._key("requests", tenant)
 
     def entry(self, tenant: str) -> str:

@@ -76,6 +76,7 @@ class _Open:
     num_tokens: int
     timeout_ms: int
     body: bytes
+    prompt_hash: str
     attempt: int = 0
     may_be_queued: bool = False
     """From the first submission until its outcome is known."""
@@ -142,14 +143,18 @@ class QueueScoreClient:
             task.add_done_callback(self._on_task_end)
             self._tasks.append(task)
 
-    async def score(self, *, rollout_id: str, num_tokens: int, timeout_ms: int, body: bytes) -> bytes:
-        """Submits one rollout and returns its reply.
+    async def score(
+        self, *, rollout_id: str, num_tokens: int, timeout_ms: int, body: bytes, prompt_hash: str = ""
+    ) -> bytes:
+        """Submits one rollout and returns its reply; those of one prompt hash are scored together where that is fair.
 
         Raises what the pool refused it with, DeadlineExceededError, OverCapacityError when it was not admitted in
         time, or QueueUnavailableError once Redis was away for longer than the patience. Cancelling withdraws it.
         """
         self._check(rollout_id, body)
-        item = _Open(rollout_id=rollout_id, num_tokens=num_tokens, timeout_ms=timeout_ms, body=body)
+        item = _Open(
+            rollout_id=rollout_id, num_tokens=num_tokens, timeout_ms=timeout_ms, body=body, prompt_hash=prompt_hash
+        )
         self._open[rollout_id] = item
         self.stats.sent += 1
         try:
@@ -259,10 +264,10 @@ class QueueScoreClient:
 
     async def _submit(self, item: _Open) -> tuple[str, str, str]:
         body_ttl_ms = item.timeout_ms + self.rules.heartbeat_ms
-        numbers = (item.num_tokens, item.timeout_ms, item.attempt)
+        entry = (item.rollout_id, item.num_tokens, item.timeout_ms, item.attempt, item.prompt_hash)
         while True:
             answer = await self._connection.script(
-                "submit", *self._head, item.rollout_id, *numbers, item.body, body_ttl_ms, self.rules.memory_fraction
+                "submit", *self._head, *entry, item.body, body_ttl_ms, self.rules.memory_fraction
             )
             state, first, second = (part.decode() for part in answer)
             if state != "unregistered":

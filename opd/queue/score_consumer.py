@@ -104,18 +104,34 @@ class ScoreConsumer:
         """What is leased and not yet answered."""
         return tuple(self._held.values())
 
-    async def take(self, *, token_budget: int, max_entries: int = 64, wait_s: float = 1.0) -> list[Delivery]:
+    async def take(
+        self,
+        *,
+        token_budget: int,
+        max_entries: int = 64,
+        wait_s: float = 1.0,
+        spent_directly: Mapping[str, int] | None = None,
+    ) -> list[Delivery]:
         """Leases requests of together at most `token_budget` tokens; a larger one comes alone.
 
-        Waits up to `wait_s` for the first one; an empty list says that there was none.
+        A budget of 0 brings at most one small request of each tenant of whom nothing is held. Waits up to `wait_s` for
+        the first one; an empty list says that there was none. `spent_directly` is what tenants had from this replica
+        without the queue since the last take: it counts against their share.
         """
         give_up_at = time.monotonic() + wait_s
+        spent = dict(spent_directly or {})
         while True:
-            deliveries, must_drain = await _unless_cancelled(self._take_now(token_budget, max_entries), self._undo)
+            work = self._take_now(token_budget, max_entries, spent)
+            deliveries, must_drain = await _unless_cancelled(work, self._undo)
+            spent = {}
             remaining_s = give_up_at - time.monotonic()
             if deliveries or remaining_s <= 0:
                 return deliveries
             await self._wait(min(remaining_s, self.rules.poll_s, 1.0), must_drain)
+
+    async def wait_for_newcomer(self, timeout_s: float) -> bool:
+        """Until a tenant comes that had nothing in the queue; False after `timeout_s`."""
+        return bool(await self._connection.call(lambda redis: redis.blpop(self._keys.newcomers, timeout=timeout_s)))
 
     async def complete(self, delivery: Delivery, reply: bytes) -> bool:
         """Answers a request; False when it was not ours any more, and nothing happened."""
@@ -168,12 +184,17 @@ class ScoreConsumer:
     def _head(self) -> tuple[str, str, str]:
         return self._keys.active, self._keys.prefix, self.name
 
-    async def _take_now(self, token_budget: int, max_entries: int) -> tuple[list[Delivery], bool]:
+    async def _take_now(
+        self, token_budget: int, max_entries: int, spent: Mapping[str, int]
+    ) -> tuple[list[Delivery], bool]:
         if any(delivery.delivery_count > 1 for delivery in self._held.values()):
             return [], True
         rules = self.rules
         numbers = (rules.lease_ms, rules.max_deliveries, len(self._held), rules.quantum_tokens, rules.reply_ttl_ms)
-        rows, must_drain = await self._connection.script("take", *self._head, token_budget, max_entries, *numbers)
+        charges = [part for charge in spent.items() for part in charge]
+        rows, must_drain = await self._connection.script(
+            "take", *self._head, token_budget, max_entries, *numbers, *charges
+        )
         bare = [_read_row(row) for row in rows]
         for delivery in bare:
             self._held[self._key_of(delivery)] = delivery

@@ -84,6 +84,7 @@ class FairBatcher:
         self._ring: deque[str] = deque()
         self._is_front_granted = False
         self._held_tokens: dict[tuple[Intake, str], int] = {}
+        self._direct_tokens: dict[str, int] = {}
         self._num_waiting = 0
         self._tokens_per_s = 0.0
 
@@ -151,11 +152,18 @@ class FairBatcher:
                 self._retire_front()
             room -= ticket.num_tokens
             ticket.is_dealt = True
+            if ticket.intake is Intake.DIRECT:
+                self._direct_tokens[ticket.tenant] = self._direct_tokens.get(ticket.tenant, 0) + ticket.num_tokens
             batch.append(ticket)
             if ticket.alone:
                 break
         self._num_waiting -= len(batch)
         return batch
+
+    def collect_direct_tokens(self) -> dict[str, int]:
+        """Tokens by tenant that were dealt to direct callers since the last call."""
+        found, self._direct_tokens = self._direct_tokens, {}
+        return found
 
     def record_speed(self, num_tokens: int, duration_s: float) -> None:
         """Learns how fast the engine is, for the delays told to refused callers."""

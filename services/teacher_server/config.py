@@ -87,7 +87,7 @@ class QueueSettings(Settings):
     """How the replica takes from Redis."""
 
     batches_ahead: float = Field(default=2.0, ge=1, le=4)
-    """Tokens held here, in batches: one being scored, one ready."""
+    """Tokens held here, in batches: one being scored, one ready. Newcomers' first requests may add one more."""
     lease_s: float = Field(default=30.0, ge=0.2)
     """After this long without a sign of life other replicas take over what this one holds."""
     max_deliveries: int = Field(default=3, ge=1)

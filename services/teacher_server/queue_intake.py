@@ -1,15 +1,16 @@
 """The queue shell: lease requests ahead of need, score them through TeacherScoring, answer each exactly once.
 
 Holds one batch being scored and one ready, so that the engine never waits for Redis and a dead replica never holds
-much. Leases are renewed only while the engine gets on; whatever this replica cannot score it hands back uncounted. A
-lost Redis ends nothing: operations wait for it, readiness says so, and work goes on when it is back.
+much. A full replica still takes a newcomer's first request: its turn comes with the next batch, not the one after.
+Leases are renewed only while the engine gets on; whatever this replica cannot score it hands back uncounted. A lost
+Redis ends nothing: operations wait for it, readiness says so, and work goes on when it is back.
 """
 
 import asyncio
 import logging
 from collections.abc import Coroutine
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from opd.errors import InternalError, InvalidRequestError, OpdError, QueueUnavailableError, TeacherUnavailableError
 from opd.queue.connection import QueueConnection
@@ -22,10 +23,14 @@ from services.teacher_server.readiness import Part, Readiness
 from services.teacher_server.scoring import TeacherScoring
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 _TAKE_WAIT_S = 1.0
 _RENEWALS_A_LEASE = 3
 _MISSED_ANNOUNCEMENTS = 2
 _PAUSE_AFTER_FAULT_S = 1.0
+# A replica with room has the first go at a newcomer.
+_COURTESY_S = 0.005
+_MAX_NEWCOMERS = 16
 
 
 class QueueIntake:
@@ -54,6 +59,8 @@ class QueueIntake:
         self._consumer = ScoreConsumer(self._connection, pool=self.pool, name=replica, rules=rules)
         self._serving: dict[Delivery, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
+        # A suspect is delivered only to a replica that holds nothing, so takes must not overlap.
+        self._taking = asyncio.Lock()
         self.num_handed_back = 0
 
     @property
@@ -75,6 +82,7 @@ class QueueIntake:
         """Takes, renews and announces for ever; an exception here ends the process."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._keep_taking())
+            group.create_task(self._keep_taking_newcomers())
             group.create_task(self._keep_renewing())
             group.create_task(self._keep_announcing())
 
@@ -100,17 +108,40 @@ class QueueIntake:
     async def _keep_taking(self) -> None:
         while True:
             await self._readiness.wait_until_scoring()
-            held = sum(delivery.num_tokens for delivery in self._serving)
-            room = int(self._settings.batches_ahead * self._batch_tokens) - held
-            if held and room < self._batch_tokens:
+            if self._is_full:
                 self._changed.clear()
                 await self._changed.wait()
                 continue
-            deliveries = await self._outlasting(self._consumer.take(token_budget=room, wait_s=_TAKE_WAIT_S))
-            for delivery in deliveries or ():
-                task = asyncio.create_task(self._serve(delivery))
-                self._serving[delivery] = task
-                task.add_done_callback(partial(self._forget, delivery))
+            async with self._taking:
+                await self._take(self._room_tokens, wait_s=_TAKE_WAIT_S)
+
+    async def _keep_taking_newcomers(self) -> None:
+        while True:
+            await self._readiness.wait_until_scoring()
+            if not await self._outlasting(self._consumer.wait_for_newcomer(_TAKE_WAIT_S)):
+                continue
+            await asyncio.sleep(_COURTESY_S)
+            if self._is_full and self._room_tokens > -self._batch_tokens:
+                async with self._taking:
+                    await self._take(0, wait_s=0.0, max_entries=_MAX_NEWCOMERS)
+
+    async def _take(self, token_budget: int, **options: Any) -> None:
+        taking = self._consumer.take(
+            token_budget=token_budget, spent_directly=self._scoring.collect_direct_tokens(), **options
+        )
+        for delivery in await self._outlasting(taking) or ():
+            task = asyncio.create_task(self._serve(delivery))
+            self._serving[delivery] = task
+            task.add_done_callback(partial(self._forget, delivery))
+
+    @property
+    def _room_tokens(self) -> int:
+        held = sum(delivery.num_tokens for delivery in self._serving)
+        return int(self._settings.batches_ahead * self._batch_tokens) - held
+
+    @property
+    def _is_full(self) -> bool:
+        return bool(self._serving) and self._room_tokens < self._batch_tokens
 
     async def _keep_renewing(self) -> None:
         while True:
@@ -157,7 +188,9 @@ class QueueIntake:
         try:
             answer = await self._answer(delivery)
             if isinstance(answer, TeacherUnavailableError):
-                self.num_handed_back += await self._consumer.hand_back([delivery])
+                num_returned = await self._consumer.hand_back([delivery])
+                # Added in a step of its own: others hand back while this one waits for Redis.
+                self.num_handed_back += num_returned
             elif isinstance(answer, OpdError):
                 await self._consumer.fail(delivery, answer)
             else:
@@ -185,7 +218,7 @@ class QueueIntake:
             _log.exception("rollout %s failed for a fault of ours", delivery.rollout_id)
             return InternalError(f"rollout {delivery.rollout_id}: a fault of the teacher's; its log has the traceback")
 
-    async def _outlasting(self, operation: Coroutine[Any, Any, list[Delivery]]) -> list[Delivery] | None:
+    async def _outlasting(self, operation: Coroutine[Any, Any, _T]) -> _T | None:
         """The result, or None after a fault of Redis that was logged and waited out for a moment."""
         try:
             return await operation

@@ -91,6 +91,10 @@ class TeacherScoring:
         """The engine thread is at work."""
         return self._busy_since_s is not None
 
+    def collect_direct_tokens(self) -> dict[str, int]:
+        """Tokens by tenant that direct callers had since the last call: the queue counts them against its shares."""
+        return self._batcher.collect_direct_tokens()
+
     def note_progress(self, _report: ForwardReport) -> None:
         """A forward pass is done; may be called from the engine thread."""
         if self._busy_since_s is not None:

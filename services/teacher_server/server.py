@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from opd.settings import load_settings, read_secret
 from services.teacher_server.batcher import BatchLimits, FairBatcher
 from services.teacher_server.canary import Canary
 from services.teacher_server.config import TeacherConfig
-from services.teacher_server.engines.base import ForwardReport, ScoringEngine
+from services.teacher_server.engines.base import ForwardObserver, ForwardReport, ScoringEngine
 from services.teacher_server.engines.model_folder import check_model
 from services.teacher_server.grpc_api import GrpcServer
 from services.teacher_server.guarded_engine import GuardedEngine
@@ -52,10 +52,16 @@ def run_teacher(config_path: Path | None, overrides: Sequence[str], ready_file: 
 
 
 class Replica:
-    """One teacher process."""
+    """One teacher process; `make_engine`, called in the engine thread, takes the place of loading the model."""
 
-    def __init__(self, config: TeacherConfig, ready_file: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: TeacherConfig,
+        ready_file: Path | None = None,
+        make_engine: Callable[[ForwardObserver], ScoringEngine] | None = None,
+    ) -> None:
         self._config = config
+        self._make_engine = make_engine or self._load_engine
         self._ready_file = ready_file
         self._name = config.replica or f"{socket.gethostname()}-{os.getpid()}"
         self._readiness = Readiness()
@@ -120,12 +126,16 @@ class Replica:
         return self._engine_work.result() if self._engine_work.done() else None
 
     def _build_engine(self) -> GuardedEngine:
+        engine = self._make_engine(self._observe)
+        return GuardedEngine(engine, Canary(engine))
+
+    def _load_engine(self, observe: ForwardObserver) -> ScoringEngine:
         """In the engine thread: torch counts its threads per thread that asks."""
         from services.teacher_server.engines.transformers_engine import EngineLimits, load_engine, set_threads
 
         config = self._config
         set_threads(config.torch_threads)
-        engine: ScoringEngine = load_engine(
+        return load_engine(
             config.model,
             teacher=config.teacher,
             device=config.device,
@@ -142,9 +152,8 @@ class Replica:
                 serves_hidden_states=config.hidden_states.enabled,
             ),
             cache_folder=config.cache_folder.expanduser() if config.cache_folder else None,
-            observe=self._observe,
+            observe=observe,
         )
-        return GuardedEngine(engine, Canary(engine))
 
     def _build_scoring(self, engine: GuardedEngine) -> TeacherScoring:
         batching = self._config.batching

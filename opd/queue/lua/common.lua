@@ -32,7 +32,8 @@ local function as_table(flat)
   return fields
 end
 
--- An entry's fields: r rollout id, t tokens, i incarnation, d timeout in ms, a attempt, k set when it was requeued.
+-- An entry's fields: r rollout id, t tokens, i incarnation, d timeout in ms, a attempt, p prompt hash (empty: no
+-- siblings), k set when it was requeued.
 local function entry_at(tenant, id)
   local found = redis.call('XRANGE', key('requests', tenant), id, id)
   return found[1] and as_table(found[1][2])
@@ -56,15 +57,22 @@ local function is_alive(tenant, incarnation)
   return redis.call('EXISTS', key('alive', tenant, incarnation)) == 1
 end
 
+-- Adds to a total; nothing is written for 0, which Redis would refuse when it is out of memory.
 local function count(name, amount)
-  redis.call('HINCRBY', key('counters'), name, amount)
+  if amount > 0 then
+    redis.call('HINCRBY', key('counters'), name, amount)
+  end
 end
 
 -- Wakes one waiting replica; the list stays short because a longer one would tell nobody more.
-local function push_wake()
-  if redis.call('LLEN', key('wake')) < 16 then
-    redis.pcall('LPUSH', key('wake'), '1')
+local function push(list)
+  if redis.call('LLEN', list) < 16 then
+    redis.pcall('LPUSH', list, '1')
   end
+end
+
+local function push_wake()
+  push(key('wake'))
 end
 
 local function remember(tenant, slot, id, tokens)

@@ -1,11 +1,12 @@
 -- Puts one rollout into the queue; calling it again is safe at any time.
--- ARGV: prefix, tenant, incarnation, rollout_id, tokens, timeout_ms, attempt, body, body_ttl_ms, memory_fraction.
+-- ARGV: prefix, tenant, incarnation, rollout_id, tokens, timeout_ms, attempt, prompt_hash, body, body_ttl_ms,
+-- memory_fraction.
 -- Returns {state, a, b}: unregistered (no heartbeat: nothing was done), replied, pending, accepted (a = entry id),
 -- over_cap (a = cap, b = tokens in flight), backpressure (a = used bytes, b = maxmemory).
 
 local tenant, incarnation, rollout_id = ARGV[2], ARGV[3], ARGV[4]
 local tokens, timeout_ms, attempt = ARGV[5], ARGV[6], ARGV[7]
-local body, body_ttl_ms, memory_fraction = ARGV[8], ARGV[9], tonumber(ARGV[10])
+local prompt_hash, body, body_ttl_ms, memory_fraction = ARGV[8], ARGV[9], ARGV[10], tonumber(ARGV[11])
 local slot = slot_of(incarnation, rollout_id)
 local body_key = key('body', tenant, incarnation, rollout_id)
 
@@ -46,8 +47,11 @@ if failed(redis.pcall('SET', body_key, body, 'PX', body_ttl_ms)) then
 end
 forget(tenant, slot)
 local id = redis.call('XADD', key('requests', tenant), '*',
-  'r', rollout_id, 't', tokens, 'i', incarnation, 'd', timeout_ms, 'a', attempt)
+  'r', rollout_id, 't', tokens, 'i', incarnation, 'd', timeout_ms, 'a', attempt, 'p', prompt_hash)
 remember(tenant, slot, id, tokens)
 redis.call('SADD', key('active'), tenant)
 push_wake()
+if redis.call('XLEN', key('requests', tenant)) == 1 then
+  push(key('newcomers'))
+end
 return {'accepted', id, ''}

@@ -33,9 +33,10 @@ class ScriptBench:
         body: bytes = b"body",
         incarnation: str = INCARNATION,
         attempt: int = 0,
+        prompt: str = "",
         fraction: float = 0.7,
     ) -> tuple[str, str, str]:
-        numbers = (tokens, timeout_ms, attempt, body, timeout_ms + 60_000, fraction)
+        numbers = (tokens, timeout_ms, attempt, prompt, body, timeout_ms + 60_000, fraction)
         answer = await self.run("submit", tenant, incarnation, rollout_id, *numbers)
         state, first, second = (part.decode() for part in answer)
         return state, first, second
@@ -50,10 +51,12 @@ class ScriptBench:
         max_deliveries: int = 3,
         held: int = 0,
         quantum: int = 100,
+        spent: dict[str, int] | None = None,
     ) -> list[dict[str, Any]]:
         self.must_drain = False
         numbers = (budget, max_entries, lease_ms, max_deliveries, held, quantum, 60_000)
-        rows, drain = await self.run("take", consumer, *numbers)
+        charges = [part for charge in (spent or {}).items() for part in charge]
+        rows, drain = await self.run("take", consumer, *numbers, *charges)
         self.must_drain = bool(drain)
         names = ("tenant", "id", "rollout_id", "incarnation", "tokens", "count", "age_ms", "remaining_ms", "attempt")
         return [

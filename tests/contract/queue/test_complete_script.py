@@ -144,3 +144,17 @@ async def test_only_what_is_held_can_be_handed_back(bench: Any) -> None:
     (item,) = await bench.take("one")
     assert await bench.hand_back([item], "two") == 0
     assert await bench.take("three") == []
+
+
+async def test_a_lease_is_not_prolonged_for_what_nobody_waits_for(bench: Any) -> None:
+    other = "00000000000000bb"
+    bench.beat(incarnation=other)
+    for name, incarnation in (("wanted", "00000000000000aa"), ("withdrawn", "00000000000000aa"), ("gone", other)):
+        await bench.submit(name, incarnation=incarnation)
+    items = await bench.take()
+    await bench.withdraw("withdrawn")
+    bench.redis.delete(bench.keys.alive("math", other))
+    bench.lapse()
+    assert await bench.renew(items) == [1, 0, 0]
+    assert await bench.take("two", held=1) == []
+    assert bench.num_pending() == 1 and bench.totals()["dropped"] == 1

@@ -19,7 +19,7 @@ REPLICAS = ("one", "two")
 actions = st.lists(
     st.one_of(
         st.tuples(st.just("submit"), st.sampled_from(TENANTS), st.integers(0, 5), st.sampled_from([1, 40, 90, 300])),
-        st.tuples(st.just("take"), st.sampled_from(REPLICAS), st.sampled_from([1, 100, 1000])),
+        st.tuples(st.just("take"), st.sampled_from(REPLICAS), st.sampled_from([0, 1, 100, 1000])),
         st.tuples(st.just("complete"), st.sampled_from(REPLICAS), st.integers(0, 3)),
         st.tuples(st.just("complete_twice"), st.sampled_from(REPLICAS)),
         st.tuples(st.just("crash"), st.sampled_from(REPLICAS)),
@@ -57,7 +57,8 @@ class World:
         if rollout not in self.open:
             self.expected[rollout] += 1
             self.open[rollout] = tokens
-        await self.run("submit", tenant, LIFE, rollout[1], self.open[rollout], 60_000, 0, b"body", 90_000, 0.7)
+        prompt = "even" if number % 2 == 0 else "odd"
+        await self.run("submit", tenant, LIFE, rollout[1], self.open[rollout], 60_000, 0, prompt, b"body", 90_000, 0.7)
 
     async def take(self, replica: str, budget: int) -> None:
         held = self.held[replica]
@@ -66,7 +67,7 @@ class World:
         rows, _ = await self.run("take", replica, budget, 3, 600_000, 4, len(held), 50, 60_000)
         fresh, again = [row for row in rows if row[5] == 1], [row for row in rows if row[5] > 1]
         assert not again or (len(rows) == 1 and not held)
-        assert sum(row[4] for row in fresh) <= budget or len(rows) == 1
+        assert sum(row[4] for row in fresh) <= budget or len(rows) == 1 or budget == 0
         held.extend(rows)
 
     async def complete(self, replica: str, position: int, *, times: int = 1) -> None:

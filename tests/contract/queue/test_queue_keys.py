@@ -15,6 +15,7 @@ POOL = PoolKeys("qwen@0a1b")
 GOLDEN = {
     "opd:{qwen@0a1b}:active": POOL.active,
     "opd:{qwen@0a1b}:wake": POOL.wake,
+    "opd:{qwen@0a1b}:newcomers": POOL.newcomers,
     "opd:{qwen@0a1b}:limits": POOL.limits,
     "opd:{qwen@0a1b}:deficits": POOL.deficits,
     "opd:{qwen@0a1b}:ring": POOL.ring,

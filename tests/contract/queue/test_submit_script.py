@@ -5,16 +5,18 @@ from typing import Any
 import pytest
 
 BASE = {"alive:math:00000000000000aa"}
-QUEUED = BASE | {"requests:math", "entry:math", "inflight:math", "active", "wake", "body:math:00000000000000aa:r.0.0"}
+BOOKS = {"requests:math", "entry:math", "inflight:math", "active"}
+QUEUED = BASE | BOOKS | {"wake", "newcomers", "body:math:00000000000000aa:r.0.0"}
 
 
 async def test_an_accepted_request_leaves_exactly_these_keys(bench: Any) -> None:
-    state, entry_id, _ = await bench.submit("r.0.0", tokens=70, timeout_ms=5000, attempt=2)
+    state, entry_id, _ = await bench.submit("r.0.0", tokens=70, timeout_ms=5000, attempt=2, prompt="0a1b2c3d")
     assert state == "accepted"
     assert bench.names() == QUEUED
     (row,) = bench.redis.xrange(bench.keys.requests("math"))
     assert row[0].decode() == entry_id
-    assert row[1] == {b"r": b"r.0.0", b"t": b"70", b"i": b"00000000000000aa", b"d": b"5000", b"a": b"2"}
+    numbers = {b"t": b"70", b"d": b"5000", b"a": b"2"}
+    assert row[1] == {b"r": b"r.0.0", b"i": b"00000000000000aa", b"p": b"0a1b2c3d", **numbers}
     assert bench.entry("r.0.0") == f"{entry_id} 70"
     assert bench.in_flight() == {"tokens": 70, "entries": 1}
     assert bench.redis.smembers(bench.keys.active) == {b"math"}

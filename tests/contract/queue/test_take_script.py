@@ -226,6 +226,13 @@ async def test_leasing_goes_on_when_memory_is_full(bench: Any) -> None:
     assert item["rollout_id"] == "r.0.1"
 
 
+async def test_a_full_replica_finds_nothing_when_memory_is_full(bench: Any) -> None:
+    await submit_all(bench, 2)
+    await bench.take("one", max_entries=1)
+    bench.redis.config_set("maxmemory", 1)
+    assert await bench.take("one", budget=0, held=1) == []
+
+
 async def test_what_is_left_wakes_another_replica(bench: Any) -> None:
     await submit_all(bench, 3)
     bench.redis.delete(bench.keys.wake)

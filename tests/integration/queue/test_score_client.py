@@ -247,7 +247,7 @@ async def test_closing_answers_whoever_waits(redis_url: str, consumer: ScoreCons
         await ask(client, 9)
     with Redis.from_url(redis_url) as redis:
         names = {key.decode().removeprefix(KEYS.prefix) for key in redis.keys("*")}
-    assert names <= {"active", "wake", "requests:math", "limits"}
+    assert names <= {"active", "newcomers", "wake", "requests:math", "limits"}
 
 
 async def test_an_id_is_used_once_at_a_time(client: QueueScoreClient) -> None:

@@ -167,3 +167,13 @@ def test_no_ticket_is_lost_dealt_twice_or_reordered_within_its_tenant(data: st.D
     for batch in dealt:
         assert len(batch) <= 1 or (sum(t.num_tokens for t in batch) <= 60 and not any(t.alone for t in batch))
     assert batcher.num_waiting == 0
+
+
+def test_what_direct_callers_were_dealt_is_told_once() -> None:
+    batcher = FairBatcher(BatchLimits(max_batch_tokens=100))
+    for tenant, intake in (("a", Intake.DIRECT), ("a", Intake.QUEUE), ("b", Intake.DIRECT), ("a", Intake.DIRECT)):
+        batcher.admit(request(tenant, 20), intake=intake, alone=False, now_s=0.0, deadline_s=9.0)
+    assert batcher.collect_direct_tokens() == {}
+    drain(batcher)
+    assert batcher.collect_direct_tokens() == {"a": 40, "b": 20}
+    assert batcher.collect_direct_tokens() == {}

@@ -1,0 +1,35 @@
+"""A replica with the sleeping engine as a process of its own: no torch, no listeners. Started by other benchmarks.
+
+`python -m benchmarks.sleeping_replica NAME TOKENS_PER_S BATCH_TOKENS`, the queue's URL on standard input. Says `ready`
+on standard output and runs until SIGTERM.
+"""
+
+import asyncio
+import sys
+
+from benchmarks.sleeping import TEACHER, SleepingEngine, serving
+from opd.lifecycle import Shutdown, die_with_parent
+from services.teacher_server.config import BatchingSettings, TeacherConfig
+
+
+async def serve(url: str, name: str, tokens_per_s: float, batch_tokens: int) -> None:
+    """Until SIGTERM."""
+    shutdown = Shutdown()
+    shutdown.install(asyncio.get_running_loop())
+    batching = BatchingSettings(max_batch_tokens=batch_tokens)
+    config = TeacherConfig(model="sleeping", teacher=TEACHER, replica=name, batching=batching)
+    async with serving(url, SleepingEngine(tokens_per_s), config):
+        sys.stdout.write("ready\n")
+        sys.stdout.flush()
+        await shutdown.requested.wait()
+
+
+def main() -> None:
+    """Ends with its parent."""
+    die_with_parent()
+    name, tokens_per_s, batch_tokens = sys.argv[1:]
+    asyncio.run(serve(sys.stdin.readline().strip(), name, float(tokens_per_s), int(batch_tokens)))
+
+
+if __name__ == "__main__":
+    main()
