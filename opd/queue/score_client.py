@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from opd.credentials import Credentials
 from opd.errors import (
     DeadlineExceededError,
     InternalError,
@@ -117,9 +118,11 @@ class QueueScoreClient:
         rules: ClientRules | None = None,
         patience_s: float = 300.0,
         connect_patience_s: float = 5.0,
+        credentials: Credentials | None = None,
     ) -> Self:
         """A started client with a checked connection of its own; raises as `QueueConnection.open` does."""
-        client = cls(QueueConnection(url, patience_s=patience_s), pool=pool, tenant=tenant, rules=rules)
+        connection = QueueConnection(url, patience_s=patience_s, credentials=credentials)
+        client = cls(connection, pool=pool, tenant=tenant, rules=rules)
         try:
             await client._connection.open(patience_s=connect_patience_s)
             await client.start()

@@ -19,10 +19,10 @@ def test_a_model_is_all_that_must_be_said() -> None:
 
 def test_a_file_is_read_and_overrides_win(tmp_path: Path) -> None:
     path = tmp_path / "teacher.toml"
-    path.write_text('model = "a"\nteacher = "math"\n[grpc]\nport = 7000\n[batching.weights]\nbig = 2.0\n')
+    path.write_text('model = "a"\nteacher = "math"\n[grpc]\nport = 7000\n[batching]\nquantum_tokens = 512\n')
     config = load_settings(TeacherConfig, path, ["grpc.port=0", "batching.max_batch_tokens=99"])
     assert (config.teacher, config.grpc.port, config.batching.max_batch_tokens) == ("math", 0, 99)
-    assert config.batching.weights == {"big": 2.0}
+    assert config.batching.quantum_tokens == 512
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,6 @@ def test_a_file_is_read_and_overrides_win(tmp_path: Path) -> None:
         ("dtype=int8", "dtype='int8'"),
         ("grpc.port=70000", "grpc.port=70000"),
         ("grpc.prot=1", "grpc.prot: no such key; did you mean port"),
-        ("batching.weights={a=0.0}", "weight 0.0 of tenant a is outside"),
         ("batching.max_tenant_tokens=999999", "max_tenant_tokens=999999: is over batching.max_direct_tokens"),
         ("queue.lease_s=0", "queue.lease_s=0"),
     ],
