@@ -3,6 +3,7 @@
 A token is shown once, or written to a file for its owner alone, and kept nowhere.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -28,14 +29,14 @@ def add(
     token_file: TokenFileOption = None,
 ) -> None:
     """Enters a tenant and makes its token."""
-    from services.teacher_server.tenants import new_token
     from services.teacher_server.tenants_file import add_tenant
 
-    token = new_token()
-    add_tenant(
-        file, name, token, weight=weight, max_inflight_tokens=max_inflight_tokens, hidden_states=hidden_states
-    )  # fmt: skip
-    _hand_over(token, token_file)
+    def enter(token: str) -> None:
+        add_tenant(
+            file, name, token, weight=weight, max_inflight_tokens=max_inflight_tokens, hidden_states=hidden_states
+        )
+
+    _hand_over(enter, token_file)
 
 
 @app.command("list")
@@ -59,16 +60,13 @@ def rotate(
     token_file: TokenFileOption = None,
 ) -> None:
     """Makes a new token beside the old one; when everybody uses it, run again with --drop-old."""
-    from services.teacher_server.tenants import new_token
     from services.teacher_server.tenants_file import add_token, drop_old_token
 
     if drop_old:
         drop_old_token(file, name)
         typer.echo(f"{name}: only the newest token is valid now")
         return
-    token = new_token()
-    add_token(file, name, token)
-    _hand_over(token, token_file)
+    _hand_over(lambda token: add_token(file, name, token), token_file)
 
 
 @app.command("remove")
@@ -103,11 +101,20 @@ def acl(
         typer.echo(render_plan(plan, redis_version))
 
 
-def _hand_over(token: str, token_file: Path | None) -> None:
-    if token_file is None:
-        typer.echo(token)
-        return
+def _hand_over(enter: Callable[[str], None], token_file: Path | None) -> None:
+    """Makes a token and enters it; its file comes first, so that no token is valid that nobody has."""
+    from services.teacher_server.tenants import new_token
     from services.teacher_server.tenants_file import write_secret
 
+    token = new_token()
+    if token_file is None:
+        enter(token)
+        typer.echo(token)
+        return
     write_secret(token_file, token)
+    try:
+        enter(token)
+    except BaseException:
+        token_file.expanduser().unlink()
+        raise
     typer.echo(f"the token is in {token_file}", err=True)

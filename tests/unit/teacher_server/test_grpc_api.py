@@ -101,7 +101,11 @@ async def test_half_precision_is_asked_for_per_request() -> None:
 async def test_many_callers_at_once_share_batches_and_get_their_own_answers() -> None:
     async with serving() as (service, client):
         requests = [make_request(seed, prompt_token_ids=np.array([5], np.int32)) for seed in range(60)]
-        replies = await asyncio.gather(*(client.score(request) for request in requests))
+        service.engine.gate.clear()
+        asking = asyncio.gather(*(client.score(request) for request in requests))
+        await until(lambda: service.scoring.num_in_flight == len(requests))
+        service.engine.gate.set()
+        replies = await asking
     assert [reply.rollout_id for reply in replies] == [request.rollout_id for request in requests]
     assert len(service.engine.scored) < 60
 

@@ -49,3 +49,25 @@ def test_every_setting_is_explained() -> None:
     ):
         silent = [name for name, field in model.model_fields.items() if not field.description]
         assert silent == []
+
+
+@pytest.mark.parametrize("listener", ["grpc", "http"])
+def test_nobody_is_served_off_loopback_without_tokens_and_no_token_without_tls(listener: str) -> None:
+    outside, tenants = [f"{listener}.host=0.0.0.0"], ["tenants_file=t.toml"]
+    tls = [f"{listener}.tls.cert_file=c.pem", f"{listener}.tls.key_file=k.pem"]
+    with pytest.raises(ConfigError, match=rf"{listener}\.host=0\.0\.0\.0: would serve everybody; set tenants_file"):
+        load_settings(TeacherConfig, None, ["model=m", *outside, *tls])
+    with pytest.raises(ConfigError, match=rf"{listener}\.host=0\.0\.0\.0: tokens would travel in clear text"):
+        load_settings(TeacherConfig, None, ["model=m", *outside, *tenants])
+    for allowed in ([*tenants, *tls], ["trust_network=true"], [*tenants, "trust_network=true"]):
+        load_settings(TeacherConfig, None, ["model=m", *outside, *allowed])
+    load_settings(TeacherConfig, None, ["model=m", f"{listener}.host=::1"])
+
+
+def test_half_a_certificate_is_refused() -> None:
+    for override, message in (
+        ("grpc.tls.cert_file=c.pem", "give both or neither"),
+        ("http.tls.client_ca_file=c.pem", "needs cert_file and key_file"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_settings(TeacherConfig, None, ["model=m", override])
