@@ -75,7 +75,7 @@ def test_tokens_are_long_and_differ() -> None:
     ("text", "message"),
     [
         ("[tenants.math]\n", r"tenants\.math\.token_sha256: "),
-        (f'[tenants.math]\ntoken_sha256 = ["{HASH}"]\nwieght = 2\n', r"tenants\.math\.wieght: no such key"),
+        (f'[tenants.math]\ntoken_sha256 = ["{HASH}"]\nwt = 2\n', r"tenants\.math\.wt: no such key"),
         (f'[tenants.math]\ntoken_sha256 = ["{HASH}"]\nweight = 0\n', r"tenants\.math\.weight=0"),
         (f'[tenants.math]\ntoken_sha256 = ["{HASH}"]\nweight = nan\n', r"tenants\.math\.weight=nan"),
         (f'[tenants.math]\ntoken_sha256 = ["{HASH}"]\nmax_inflight_tokens = 0\n', r"max_inflight_tokens=0"),
