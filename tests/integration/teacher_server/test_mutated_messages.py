@@ -24,30 +24,41 @@ from opd.queue.score_client import QueueScoreClient
 from opd.wire.messages import decode_reply
 from services.teacher_server.tenants import new_token
 from services.teacher_server.tenants_file import add_tenant
-from tests.integration.teacher_server.conftest import StartTeacher, TeacherProcess
+from tests.integration.teacher_server.conftest import TeacherProcess
 from tests.integration.teacher_server.mutations import mutate, mutate_json, valid_bodies
 from tests.unit.teacher_server.tiny_teachers import make_request
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-NUM_GRPC, NUM_HTTP, NUM_QUEUE, NUM_ENTRIES = 4000, 3000, 2500, 500
+NUM_GRPC, NUM_HTTP, NUM_QUEUE, NUM_ENTRIES = 6500, 1000, 2000, 500
 CONCURRENCY = 24
 MALLORY, MATH = new_token(), new_token()
 
 
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[EmbeddedRedis]:
-    with EmbeddedRedis(tmp_path / "redis") as server:
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as server:
         yield server
 
 
-@pytest.fixture
-def teacher(tmp_path: Path, redis: EmbeddedRedis, start_teacher: StartTeacher) -> TeacherProcess:
-    tenants = tmp_path / "tenants.toml"
+@pytest.fixture(scope="module")
+def teacher(
+    tmp_path_factory: pytest.TempPathFactory, redis: EmbeddedRedis, teacher_folder: Path
+) -> Iterator[TeacherProcess]:
+    """One process for all: what the first thousands leave behind must not harm the next."""
+    folder = tmp_path_factory.mktemp("mutated")
+    tenants = folder / "tenants.toml"
     for name, token in (("mallory", MALLORY), ("math", MATH)):
         add_tenant(tenants, name, token, weight=1.0, max_inflight_tokens=None, hidden_states=False)
-    found = start_teacher(f"tenants_file={tenants}", f"redis_url={redis.url}", "queue.lease_s=20")
-    found.wait_ready()
-    return found
+    settings = [f"model={teacher_folder}", "teacher=tiny", "torch_threads=1", f"redis_url={redis.url}"]
+    found = TeacherProcess(folder / "teacher", *settings, f"tenants_file={tenants}", "queue.lease_s=20")
+    try:
+        found.wait_ready()
+        yield found
+        assert found.end() == 0
+    finally:
+        if found.process.poll() is None:
+            found.process.kill()
+        found.process.wait(10)
 
 
 @asynccontextmanager
