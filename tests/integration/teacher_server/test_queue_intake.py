@@ -292,7 +292,7 @@ async def test_limits_and_a_pool_per_fingerprint_are_published_when_asked(redis_
             await promote_pool(connection, "tiny", served.intake.pool)
             limits = PoolKeys(served.intake.pool).limits
             async with asyncio.timeout(10):
-                while not (found := await connection.call(lambda redis: redis.hgetall(limits))):
+                while not (found := await connection.call(lambda redis: redis.hgetall(limits))):  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
             assert found == {b"weight:math": b"2.0", b"cap:math": b"50"}
         finally:
