@@ -130,11 +130,9 @@ async def trial(url: str, weights: Mapping[str, float] | None = None) -> AsyncIt
         model="sleeping",
         teacher=TEACHER,
         replica=f"sleeper-{time.monotonic_ns()}",
-        batching=BatchingSettings(
-            max_batch_tokens=BATCH_TOKENS, quantum_tokens=QUANTUM_TOKENS, weights=dict(weights or {})
-        ),
+        batching=BatchingSettings(max_batch_tokens=BATCH_TOKENS, quantum_tokens=QUANTUM_TOKENS),
     )
-    async with serving(url, engine, config) as scoring:
+    async with serving(url, engine, config, weights) as scoring:
         found = Trial(url, scoring, engine)
         try:
             yield found

@@ -6,7 +6,7 @@ it is the service's own behaviour, on any machine, without torch.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ import numpy as np
 
 from opd.errors import OpdError
 from opd.metrics import TeacherMetrics
+from opd.queue.connection import QueueConnection
+from opd.queue.pools import set_limits
 from opd.types import Capability, Floats, ScoreRequest, Scores, TeacherInfo
 from services.teacher_server.batcher import BatchLimits, FairBatcher
 from services.teacher_server.canary import CANARY_ROLLOUT_ID, Canary
@@ -83,20 +85,18 @@ class SleepingEngine:
 
 
 @asynccontextmanager
-async def serving(url: str, engine: SleepingEngine, config: TeacherConfig) -> AsyncIterator[TeacherScoring]:
+async def serving(
+    url: str, engine: SleepingEngine, config: TeacherConfig, weights: Mapping[str, float] | None = None
+) -> AsyncIterator[TeacherScoring]:
     """A replica in this event loop, as the teacher's composition root builds it, without its listeners."""
+    batcher = await _batcher_with_shares(url, config, dict(weights or {}))
     batching, readiness = config.batching, Readiness()
     canary = Canary(engine)
     canary.check()
-    limits = BatchLimits(
-        max_batch_tokens=batching.max_batch_tokens,
-        max_batch_requests=batching.max_batch_requests,
-        quantum_tokens=batching.quantum_tokens,
-    )
     with ThreadPoolExecutor(1, thread_name_prefix="engine") as executor:
         scoring = TeacherScoring(
             GuardedEngine(engine, canary),
-            FairBatcher(limits, batching.weights),
+            batcher,
             executor,
             readiness=readiness,
             metrics=TeacherMetrics(),
@@ -116,3 +116,20 @@ async def serving(url: str, engine: SleepingEngine, config: TeacherConfig) -> As
             tasks[0].cancel()
             with suppress(asyncio.CancelledError):
                 await tasks[0]
+
+
+async def _batcher_with_shares(url: str, config: TeacherConfig, weights: dict[str, float]) -> FairBatcher:
+    """Told in both places where turns are taken, as a replica that follows a tenants file does."""
+    connection = QueueConnection(url)
+    await connection.open()
+    await set_limits(connection, config.teacher, weights=weights, caps={})
+    await connection.close()
+    batching = config.batching
+    limits = BatchLimits(
+        max_batch_tokens=batching.max_batch_tokens,
+        max_batch_requests=batching.max_batch_requests,
+        quantum_tokens=batching.quantum_tokens,
+    )
+    batcher = FairBatcher(limits)
+    batcher.set_shares(weights, {})
+    return batcher

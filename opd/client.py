@@ -23,10 +23,12 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
+from opd.credentials import Credentials
 from opd.errors import (
     ConfigError,
     InvalidRequestError,
@@ -36,9 +38,10 @@ from opd.errors import (
     UnsupportedError,
 )
 from opd.head_cache import DEFAULT_FOLDER, HeadCache
+from opd.queue.client_rules import ClientRules, ClientStats
 from opd.queue.connection import QueueConnection, hide_password
 from opd.queue.pools import read_info, resolve_pool
-from opd.queue.score_client import ClientRules, ClientStats, QueueScoreClient
+from opd.queue.score_client import QueueScoreClient
 from opd.retry import RetryRules, retry
 from opd.types import OutputHeadFile, ScoreReply, ScoreRequest, TeacherInfo
 from opd.wire.messages import check_message_size, decode_info, decode_reply, encode_request
@@ -69,18 +72,37 @@ class ScoreClient:
 
     @classmethod
     def connect(
-        cls, url: str, *, teacher: str, tenant: str, patience_s: float = 300.0, rules: ClientRules | None = None
+        cls,
+        url: str,
+        *,
+        teacher: str,
+        tenant: str,
+        patience_s: float = 300.0,
+        rules: ClientRules | None = None,
+        credentials: Credentials | None = None,
     ) -> Self:
-        """A client for `redis://`, `rediss://`, `unix://` (the queue) or `grpc://host:port`, to open by `async with`.
+        """A client for `redis://`, `rediss://`, `unix://` (the queue), `grpc://host:port` or, over TLS,
+        `grpcs://host:port`, to open by `async with`.
 
-        `patience_s` is how long a lost Redis, or over gRPC a pool that says "later", is borne.
+        `patience_s` is how long a lost Redis, or over gRPC a pool that says "later", is borne. The credentials' token
+        is sent over gRPC with every call, and to Redis as the password of the tenant's user.
         """
-        if url.startswith("grpc://"):
-            return cls(_GrpcTransport(url, patience_s), teacher=teacher, tenant=tenant)
+        credentials = credentials or Credentials()
+        if url.startswith(("grpc://", "grpcs://")):
+            return cls(_GrpcTransport(url, patience_s, credentials), teacher=teacher, tenant=tenant)
         if url.startswith(("redis://", "rediss://", "unix://")):
-            queue = _QueueTransport(url, teacher=teacher, tenant=tenant, patience_s=patience_s, rules=rules)
+            queue = _QueueTransport(
+                url,
+                teacher=teacher,
+                tenant=tenant,
+                patience_s=patience_s,
+                rules=rules,
+                credentials=replace(credentials, user=credentials.user or tenant),
+            )
             return cls(queue, teacher=teacher, tenant=tenant)
-        raise ConfigError(f"url={hide_password(url)}: must start with redis://, rediss://, unix:// or grpc://")
+        raise ConfigError(
+            f"url={hide_password(url)}: must start with redis://, rediss://, unix://, grpc:// or grpcs://"
+        )
 
     @property
     def stats(self) -> ClientStats:
@@ -132,13 +154,23 @@ class ScoreClient:
 class _QueueTransport:
     """Requests as bodies of the queue."""
 
-    def __init__(self, url: str, *, teacher: str, tenant: str, patience_s: float, rules: ClientRules | None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        teacher: str,
+        tenant: str,
+        patience_s: float,
+        rules: ClientRules | None,
+        credentials: Credentials,
+    ) -> None:
         self._url = url
         self._teacher = teacher
         self._tenant = tenant
         self._patience_s = patience_s
         self._rules = rules
-        self._connection = QueueConnection(url, patience_s=patience_s, max_connections=1)
+        self._credentials = credentials
+        self._connection = QueueConnection(url, patience_s=patience_s, max_connections=1, credentials=credentials)
         self._pool = ""
         self._client: QueueScoreClient | None = None
         self._max_message_bytes: int | None = None
@@ -192,7 +224,12 @@ class _QueueTransport:
         """Serves from `pool` from now on."""
         before = self._client
         client = await QueueScoreClient.connect(
-            self._url, pool=pool, tenant=self._tenant, rules=self._rules, patience_s=self._patience_s
+            self._url,
+            pool=pool,
+            tenant=self._tenant,
+            rules=self._rules,
+            patience_s=self._patience_s,
+            credentials=self._credentials,
         )
         client.stats = self.stats
         self._client, self._pool, self._max_message_bytes = client, pool, None
@@ -219,11 +256,11 @@ class _QueueTransport:
 class _GrpcTransport:
     """Requests as calls."""
 
-    def __init__(self, url: str, patience_s: float) -> None:
+    def __init__(self, url: str, patience_s: float, credentials: Credentials) -> None:
         # Whoever uses the queue alone never loads gRPC.
         from opd.rpc.client import GrpcScoreClient
 
-        self._client = GrpcScoreClient(url)
+        self._client = GrpcScoreClient(url, credentials=credentials)
         self._rules = RetryRules(total_s=patience_s)
         self.stats = ClientStats()
 
@@ -283,10 +320,20 @@ class SyncScoreClient:
 
     @classmethod
     def connect(
-        cls, url: str, *, teacher: str, tenant: str, patience_s: float = 300.0, rules: ClientRules | None = None
+        cls,
+        url: str,
+        *,
+        teacher: str,
+        tenant: str,
+        patience_s: float = 300.0,
+        rules: ClientRules | None = None,
+        credentials: Credentials | None = None,
     ) -> Self:
         """Connects at once; arguments and errors are those of `ScoreClient`."""
-        return cls(ScoreClient.connect(url, teacher=teacher, tenant=tenant, patience_s=patience_s, rules=rules))
+        client = ScoreClient.connect(
+            url, teacher=teacher, tenant=tenant, patience_s=patience_s, rules=rules, credentials=credentials
+        )
+        return cls(client)
 
     @property
     def stats(self) -> ClientStats:

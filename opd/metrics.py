@@ -6,7 +6,7 @@ Names are `opd_<service>_<what>_<unit>`. Tenants come from callers, so the numbe
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -72,14 +72,42 @@ class TeacherMetrics(Metrics):
         self.loop_lag_seconds = Gauge(
             "opd_teacher_loop_lag_seconds", "How late the event loop last woke.", registry=registry
         )
+        self._requests = Counter("opd_teacher_requests", "Requests scored.", ["tenant"], registry=registry)
+        self._tenant_seconds = Counter(
+            "opd_teacher_tenant_engine_seconds",
+            "Engine time, shared by tokens within a batch.",
+            ["tenant"],
+            registry=registry,
+        )
+        self.tenants_file_sound = Gauge(
+            "opd_teacher_tenants_file_sound", "0 when the tenants file cannot be read.", registry=registry
+        )
         self._tenants: set[str] = set()
+        self._known_tenants: frozenset[str] | None = None
 
-    def count_tokens(self, tenant: str, num_tokens: int) -> None:
-        """Adds to the tenant's counter, or to that of all others once there are too many tenants to tell apart."""
-        if tenant not in self._tenants and len(self._tenants) >= _MAX_TENANT_LABELS:
-            tenant = OTHER_TENANTS
-        self._tenants.add(tenant)
-        self._tokens.labels(tenant).inc(num_tokens)
+    def know_tenants(self, names: Iterable[str]) -> None:
+        """From now on only these have counters of their own; those of tenants that left are dropped."""
+        self._known_tenants = frozenset(names)
+        for tenant in self._tenants - self._known_tenants - {OTHER_TENANTS}:
+            for counter in (self._tokens, self._requests, self._tenant_seconds):
+                counter.remove(tenant)
+        self._tenants &= self._known_tenants | {OTHER_TENANTS}
+
+    def count_usage(self, tenant: str, *, num_tokens: int, engine_s: float) -> None:
+        """Adds a scored request to the tenant's counters, or to those of all others when it is not to be told apart."""
+        label = self._label(tenant)
+        self._tokens.labels(label).inc(num_tokens)
+        self._requests.labels(label).inc()
+        self._tenant_seconds.labels(label).inc(engine_s)
+
+    def _label(self, tenant: str) -> str:
+        if self._known_tenants is not None:
+            is_told = tenant in self._known_tenants
+        else:
+            is_told = tenant in self._tenants or len(self._tenants) < _MAX_TENANT_LABELS
+        label = tenant if is_told else OTHER_TENANTS
+        self._tenants.add(label)
+        return label
 
 
 class TrainerMetrics(Metrics):

@@ -35,7 +35,7 @@ def load_settings(cls: type[SettingsT], path: Path | None = None, overrides: Seq
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(cls, detail) for detail in error.errors())) from None
+        raise ConfigError("; ".join(explain(cls, detail) for detail in error.errors())) from None
 
 
 def read_secret(name: str, environ: Mapping[str, str] | None = None) -> str | None:
@@ -50,6 +50,17 @@ def read_secret(name: str, environ: Mapping[str, str] | None = None) -> str | No
         raise ConfigError(
             f"{name}_FILE={file_name}: cannot be read ({error.strerror}); mount the secret or unset it"
         ) from None
+
+
+def read_secret_file(name: str, path: Path) -> str:
+    """The content of the file that the setting `name` points to; ConfigError when it is not there or empty."""
+    try:
+        secret = path.expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name}={path}: cannot be read ({error}); mount the secret or unset it") from None
+    if not secret:
+        raise ConfigError(f"{name}={path}: is empty; write the secret into it or unset it")
+    return secret
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -81,7 +92,8 @@ def _parse(text: str) -> Any:
         return None if text == "" else text
 
 
-def _explain(cls: type[BaseModel], detail: ErrorDetails) -> str:
+def explain(cls: type[BaseModel], detail: ErrorDetails) -> str:
+    """One line for one thing that is wrong: field, value, way out."""
     name = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         return f"{name}: no such key{_suggestion(cls, detail['loc'])}"

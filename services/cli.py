@@ -11,12 +11,14 @@ from typing import Annotated
 import typer
 
 from opd.errors import ConfigError, OpdError
+from services.tenants_cli import app as tenants_app
 
 app = typer.Typer(help="On-policy distillation as services.", no_args_is_help=True, add_completion=False)
 teacher_app = typer.Typer(help="The teacher service.", no_args_is_help=True)
 pool_app = typer.Typer(help="A pool of teachers as its queue shows it.", no_args_is_help=True)
 dead_app = typer.Typer(help="Requests that were put aside after several failures.", no_args_is_help=True)
 app.add_typer(teacher_app, name="teacher")
+app.add_typer(tenants_app, name="tenants")
 app.add_typer(pool_app, name="pool")
 pool_app.add_typer(dead_app, name="dead")
 
@@ -184,19 +186,28 @@ def evaluate(
 def score(
     prompt: Annotated[str, typer.Argument(help="What the user says.")],
     response: Annotated[str, typer.Argument(help="The response to score.")],
-    url: Annotated[str, typer.Option(envvar="OPD_REDIS_URL", help="redis://, unix:// or grpc://host:port.")],
+    url: Annotated[str, typer.Option(envvar="OPD_REDIS_URL", help="redis(s)://, unix:// or grpc(s)://host:port.")],
     tokenizer: Annotated[str, typer.Option(help="Folder or hub name of the teacher's tokenizer.")],
     teacher: Annotated[str, typer.Option(help="The pool's name.")] = "teacher",
     tenant: Annotated[str, typer.Option(help="Who asks.")] = "default",
     top_k: Annotated[int, typer.Option(help="How many of the teacher's choices to show.")] = 4,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+    token_file: Annotated[Path | None, typer.Option(help="The tenant's token; default: OPD_TOKEN_FILE.")] = None,
+    ca_file: Annotated[Path | None, typer.Option(help="PEM file: who may sign the server's certificate.")] = None,
+    cert_file: Annotated[Path | None, typer.Option(help="PEM file: our certificate, for mutual TLS.")] = None,
+    key_file: Annotated[Path | None, typer.Option(help="PEM file: its key.")] = None,
+    trust_network: Annotated[bool, typer.Option(help="The way is private: send the token without TLS.")] = False,
 ) -> None:
     """Asks a pool what it thinks of one response, token by token."""
+    from opd.credentials import load_credentials
     from services.score_command import score_text
 
+    credentials = load_credentials(
+        token_file=token_file, ca_file=ca_file, cert_file=cert_file, key_file=key_file, trust_network=trust_network
+    )
     score_text(
         url=url, teacher=teacher, tenant=tenant, tokenizer=tokenizer, prompt=prompt, response=response,
-        top_k=top_k, as_json=as_json,
+        top_k=top_k, as_json=as_json, credentials=credentials,
     )  # fmt: skip
 
 

@@ -13,12 +13,22 @@ from rich.console import Console
 from rich.table import Table
 
 from opd.client import SyncScoreClient
+from opd.credentials import Credentials
 from opd.errors import ConfigError
 from opd.types import ScoreReply, ScoreRequest, TeacherInfo
 
 
 def score_text(
-    *, url: str, teacher: str, tenant: str, tokenizer: str, prompt: str, response: str, top_k: int, as_json: bool
+    *,
+    url: str,
+    teacher: str,
+    tenant: str,
+    tokenizer: str,
+    prompt: str,
+    response: str,
+    top_k: int,
+    as_json: bool,
+    credentials: Credentials,
 ) -> None:
     """Scores one response and prints a table, or one JSON object."""
     encoder = _load_tokenizer(tokenizer)
@@ -34,7 +44,9 @@ def score_text(
         wants_entropy=True,
         timeout_ms=60_000,
     )
-    with SyncScoreClient.connect(url, teacher=teacher, tenant=tenant, patience_s=10.0) as client:
+    with SyncScoreClient.connect(
+        url, teacher=teacher, tenant=tenant, patience_s=10.0, credentials=credentials
+    ) as client:
         info = client.info()
         reply = client.submit(request).result()
     if as_json:

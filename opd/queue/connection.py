@@ -15,6 +15,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from opd.credentials import Credentials, read_pem
 from opd.errors import (
     ConfigError,
     InternalError,
@@ -43,15 +44,24 @@ def hide_password(url: str) -> str:
 class QueueConnection:
     """A small pool of connections to the Redis at `url` (`redis://`, `rediss://` or `unix://`).
 
-    `patience_s` is how long an operation goes on trying after Redis was lost.
+    `patience_s` is how long an operation goes on trying after Redis was lost. User and password in the URL win over
+    those of `credentials`.
     """
 
-    def __init__(self, url: str, *, patience_s: float = 300.0, max_connections: int = 8) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        patience_s: float = 300.0,
+        max_connections: int = 8,
+        credentials: Credentials | None = None,
+    ) -> None:
         if urlsplit(url).scheme not in _SCHEMES:
             raise ConfigError(f"redis_url={hide_password(url)}: must start with redis://, rediss:// or unix://")
         self.label = hide_password(url)
         self.epoch = 0
         self._rules = RetryRules(total_s=patience_s, attempt_timeout_s=_ATTEMPT_TIMEOUT_S)
+        options = _identity(url, credentials or Credentials())
         try:
             pool = BlockingConnectionPool.from_url(
                 url,
@@ -64,6 +74,7 @@ class QueueConnection:
                 # Python 3.11 swallows a cancellation that meets a finished write.
                 socket_timeout=None,
                 socket_connect_timeout=_ATTEMPT_TIMEOUT_S,
+                **options,
             )
         except ValueError as error:
             raise ConfigError(f"redis_url={self.label}: {error}; write redis://host:port/0") from None
@@ -135,6 +146,29 @@ class QueueConnection:
         self.epoch += 1
         if self.epoch == 1:
             _log.warning("redis %s: %s", self.label, _reason(error))
+
+
+def _identity(url: str, credentials: Credentials) -> dict[str, Any]:
+    """The client's options for user, password and certificates."""
+    parts = urlsplit(url)
+    options: dict[str, Any] = {}
+    if credentials.token is not None and not parts.password and "password=" not in parts.query:
+        if parts.scheme != "unix":
+            credentials.check_way("redis_url", parts.hostname or "localhost", is_encrypted=parts.scheme == "rediss")
+        options["password"] = credentials.token
+        if credentials.user and not parts.username and "username=" not in parts.query:
+            options["username"] = credentials.user
+    if parts.scheme == "rediss":
+        files = {
+            "ssl_ca_certs": credentials.ca_file,
+            "ssl_certfile": credentials.cert_file,
+            "ssl_keyfile": credentials.key_file,
+        }
+        for name, path in files.items():
+            if path is not None:
+                read_pem(f"redis {name}", path)
+                options[name] = str(path.expanduser())
+    return options
 
 
 async def _pipelined(redis: Any, command: str, keys: Sequence[str]) -> list[Any]:

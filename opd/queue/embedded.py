@@ -113,7 +113,7 @@ class EmbeddedRedis:
         if not self._over_tcp and self._answers():
             raise ConfigError(f"data_dir={self.data_dir}: another redis runs in it; give each its own folder")
         if self._over_tcp and self._port == 0:
-            self._port = _free_port()
+            self._port = free_port()
         with (self.data_dir / "redis.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _LAUNCHER, self._server or find_server(), "-"],
@@ -200,7 +200,8 @@ def _environment() -> dict[str, str]:
     return {**os.environ, DIE_WITH_PARENT: str(os.getpid()), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that nobody listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -4,9 +4,13 @@ Status is `ok` and the payload the reply, or an error's code and its message. Th
 is why an error is text here and not an encoded record.
 """
 
+import re
+
 from opd.errors import InternalError, OpdError, from_code
 
 OK = "ok"
+_STATUS = re.compile(rb"[a-z_]{1,64}")
+_DELAY = re.compile(rb"(\d{1,9}(\.\d{1,9})?)?")
 
 
 def ok_frame(reply: bytes) -> bytes:
@@ -23,7 +27,7 @@ def error_frame(error: OpdError) -> bytes:
 def open_frame(frame: bytes) -> bytes | OpdError:
     """The reply, or the error that came in its place (returned, not raised: the caller may want to try again)."""
     parts = frame.split(b"\n", 2)
-    if len(parts) != 3:
+    if len(parts) != 3 or not (_STATUS.fullmatch(parts[0]) and _DELAY.fullmatch(parts[1])):
         return InternalError(
             f"reply frame of {len(frame)} bytes: is not status, retry_after_s, payload; check the pool"
         )

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from opd.credentials import Credentials
 from opd.errors import (
     DeadlineExceededError,
     InternalError,
@@ -23,6 +24,7 @@ from opd.errors import (
     OverCapacityError,
     QueueUnavailableError,
 )
+from opd.queue.client_rules import ClientRules, ClientStats
 from opd.queue.connection import QueueConnection
 from opd.queue.frames import open_frame
 from opd.queue.keys import PoolKeys, check_pool, check_rollout_id, check_tenant
@@ -31,41 +33,6 @@ from opd.retry import RetryRules
 _log = logging.getLogger(__name__)
 _COURTESY_S = 2.0
 _PACE = RetryRules(total_s=0.0, first_delay_s=0.02, max_delay_s=1.0)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClientRules:
-    """What a client grants the queue."""
-
-    heartbeat_ms: int = 60_000
-    """A trainer silent for so long counts as gone and its requests are dropped."""
-    sweep_s: float = 15.0
-    """How often open rollouts are looked up even when nothing seems wrong."""
-    admission_timeout_s: float = 600.0
-    """How long a request may wait for room in the queue."""
-    deadline_grace_s: float = 2.0
-    """Waited beyond a request's own time-out, for the queue to tell first."""
-    max_attempts: int = 8
-    """Submissions of one rollout after retryable errors."""
-    max_body_bytes: int = 64 * 2**20
-    max_reply_bytes: int = 64 * 2**20
-    memory_fraction: float = 0.7
-    """Share of Redis's maxmemory above which nothing is admitted."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ClientStats:
-    """Counts of one client, for its metrics.
-
-    `sent`, `scored` and `failed` count rollouts, `resubmitted` further attempts, `duplicates` replies to a rollout
-    that had its reply already, or that nobody waited for any more.
-    """
-
-    sent: int = 0
-    scored: int = 0
-    failed: int = 0
-    resubmitted: int = 0
-    duplicates: int = 0
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -118,9 +85,11 @@ class QueueScoreClient:
         rules: ClientRules | None = None,
         patience_s: float = 300.0,
         connect_patience_s: float = 5.0,
+        credentials: Credentials | None = None,
     ) -> Self:
         """A started client with a checked connection of its own; raises as `QueueConnection.open` does."""
-        client = cls(QueueConnection(url, patience_s=patience_s), pool=pool, tenant=tenant, rules=rules)
+        connection = QueueConnection(url, patience_s=patience_s, credentials=credentials)
+        client = cls(connection, pool=pool, tenant=tenant, rules=rules)
         try:
             await client._connection.open(patience_s=connect_patience_s)
             await client.start()

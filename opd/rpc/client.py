@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import grpc
 
+from opd.credentials import Credentials, read_pem
 from opd.errors import ConfigError, TeacherUnavailableError
 from opd.rpc.status import error_from_rpc
 from opd.types import ScoreReply, ScoreRequest, TeacherInfo
@@ -40,10 +41,22 @@ class GrpcScoreClient:
             reply = await client.score(request)
     """
 
-    def __init__(self, target: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> None:
-        self._target = target.removeprefix("grpc://").rstrip("/")
+    def __init__(
+        self,
+        target: str,
+        *,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        credentials: Credentials | None = None,
+    ) -> None:
+        """`grpcs://` goes over TLS; raises ConfigError where a token would travel in clear text."""
+        self._is_encrypted = target.startswith("grpcs://")
+        self._credentials = credentials or Credentials()
+        self._target = target.removeprefix("grpc://").removeprefix("grpcs://").rstrip("/")
         if not self._target or ("://" in self._target and ":///" not in self._target):
-            raise ConfigError(f"target={target!r}: is no gRPC address; give host:port or grpc://host:port")
+            raise ConfigError(f"target={target!r}: is no gRPC address; give grpc://host:port or grpcs://host:port")
+        self._credentials.check_way("url", _host(self._target), is_encrypted=self._is_encrypted)
+        token = self._credentials.token
+        self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
         self._max_message_bytes = max_message_bytes
         self._knows_limit = False
         self._first_info = asyncio.Lock()
@@ -79,7 +92,9 @@ class GrpcScoreClient:
 
     async def output_head(self, offset_bytes: int = 0) -> AsyncGenerator[HeadPart, None]:
         """The output head from a byte of its weight on; for `opd.head_cache`, which keeps it whole on disk."""
-        call = self._connected().GetOutputHead(pb.GetOutputHeadRequest(offset_bytes=offset_bytes))
+        call = self._connected().GetOutputHead(
+            pb.GetOutputHeadRequest(offset_bytes=offset_bytes), metadata=self._metadata
+        )
         try:
             while True:
                 async with asyncio.timeout(_HEAD_IDLE_S):
@@ -110,13 +125,16 @@ class GrpcScoreClient:
 
     async def _call(self, method: str, message: Any, timeout_s: float) -> Any:
         try:
-            return await getattr(self._connected(), method)(message, timeout=timeout_s)
+            call = getattr(self._connected(), method)
+            return await call(message, timeout=timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error, self._target) from None
 
     async def _score_stream(self, request: ScoreRequest, message: pb.ScoreRequest) -> ScoreReply:
         assembly = ReplyAssembly(request)
-        call = self._connected().ScoreStream(pb.ScoreStreamRequest(request=message), timeout=request.timeout_ms / 1000)
+        call = self._connected().ScoreStream(
+            pb.ScoreStreamRequest(request=message), timeout=request.timeout_ms / 1000, metadata=self._metadata
+        )
         try:
             async for part in call:
                 assembly.add(part)
@@ -145,5 +163,28 @@ class GrpcScoreClient:
             ("grpc.max_reconnect_backoff_ms", 5_000),
             ("grpc.use_local_subchannel_pool", 1),
         ]
-        self._channel = grpc.aio.insecure_channel(address, options=options)
+        if self._is_encrypted:
+            self._channel = grpc.aio.secure_channel(address, _channel_credentials(self._credentials), options=options)
+        else:
+            self._channel = grpc.aio.insecure_channel(address, options=options)
         self._stub = TeacherServiceStub(self._channel)  # type: ignore[no-untyped-call]
+
+
+def _host(target: str) -> str:
+    """The host of host:port; a Unix socket is this machine."""
+    if target.startswith("unix:"):
+        return "localhost"
+    address = target.rpartition("/")[2]
+    return address.rpartition("]")[0] if address.startswith("[") else address.partition(":")[0]
+
+
+def _channel_credentials(credentials: Credentials) -> Any:
+    found = {
+        name: None if path is None else read_pem(name, path)
+        for name, path in (
+            ("ca_file", credentials.ca_file),
+            ("key_file", credentials.key_file),
+            ("cert_file", credentials.cert_file),
+        )
+    }
+    return grpc.ssl_channel_credentials(found["ca_file"], found["key_file"], found["cert_file"])

@@ -79,6 +79,7 @@ class FairBatcher:
     def __init__(self, limits: BatchLimits, weights: Mapping[str, float] | None = None) -> None:
         self.limits = limits
         self._weights = dict(weights or {})
+        self._caps: dict[str, int] = {}
         self._lanes: dict[str, _Lane] = {}
         # Whose turn it is stands in front; whether the front was already granted its quantum is remembered.
         self._ring: deque[str] = deque()
@@ -87,6 +88,10 @@ class FairBatcher:
         self._direct_tokens: dict[str, int] = {}
         self._num_waiting = 0
         self._tokens_per_s = 0.0
+
+    def set_shares(self, weights: Mapping[str, float], caps: Mapping[str, int]) -> None:
+        """From the next turn on: weights, 1 where absent, and direct caps, `max_tenant_tokens` where absent."""
+        self._weights, self._caps = dict(weights), dict(caps)
 
     @property
     def num_waiting(self) -> int:
@@ -200,8 +205,9 @@ class FairBatcher:
         self._is_front_granted = False
 
     def _check_capacity(self, request: ScoreRequest) -> None:
+        tenant_cap = self._caps.get(request.tenant, self.limits.max_tenant_tokens)
         caps = (
-            (f"tenant {request.tenant}", self.limits.max_tenant_tokens, request.tenant),
+            (f"tenant {request.tenant}", tenant_cap, request.tenant),
             ("this replica's direct callers", self.limits.max_direct_tokens, None),
         )
         for who, cap, tenant in caps:

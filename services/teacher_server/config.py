@@ -6,14 +6,34 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from opd.credentials import is_loopback
 from opd.settings import Settings
+
+
+class TlsSettings(Settings):
+    """The certificate of a listener; read at the start, so that a new one needs a restart."""
+
+    cert_file: Path | None = None
+    """PEM file of the certificate and those between it and the authority; unset serves without TLS."""
+    key_file: Path | None = None
+    """PEM file of its key."""
+    client_ca_file: Path | None = None
+    """PEM file of authorities: set, only clients with a certificate of theirs may connect (mutual TLS)."""
+
+    @model_validator(mode="after")
+    def _pair(self) -> Self:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError(f"cert_file={self.cert_file}, key_file={self.key_file}: give both or neither")
+        if self.client_ca_file is not None and self.cert_file is None:
+            raise ValueError(f"client_ca_file={self.client_ca_file}: needs cert_file and key_file; give them too")
+        return self
 
 
 class GrpcSettings(Settings):
     """The gRPC listener."""
 
     host: str = "127.0.0.1"
-    """Loopback unless told: the port is not authenticated yet."""
+    """Loopback unless told; another address needs tenants_file and grpc.tls, or trust_network."""
     port: int = Field(default=0, ge=0, le=65_535)
     """0 takes a free one, told in the log and the ready file."""
     max_message_bytes: int = Field(default=64 << 20, ge=1024, le=1 << 30)
@@ -28,17 +48,24 @@ class GrpcSettings(Settings):
     """Connections are renewed, so that callers find new replicas."""
     max_connection_age_grace_s: float = Field(default=300.0, gt=0)
     """What an ageing connection's last calls are given."""
+    tls: TlsSettings = TlsSettings()
+    """See TlsSettings."""
 
 
 class HttpSettings(Settings):
     """The HTTP listener: health, metrics, and scoring for looking by hand."""
 
     host: str = "127.0.0.1"
-    """Loopback unless told."""
+    """Loopback unless told; another address needs tenants_file and http.tls, or trust_network."""
     port: int = Field(default=0, ge=0, le=65_535)
     """0 takes a free one."""
     max_body_bytes: int = Field(default=4 << 20, ge=1024)
     """Of /v1/score."""
+    tls: TlsSettings = TlsSettings()
+    """See TlsSettings; with client_ca_file, probes of /healthz need a certificate too."""
+    metrics_token_file: Path | None = None
+    """/metrics wants this bearer token; without one it is open on loopback and where there is no tenants_file, and
+    shut elsewhere, since it names tenants and what they use."""
 
 
 class BatchingSettings(Settings):
@@ -51,11 +78,9 @@ class BatchingSettings(Settings):
     max_direct_tokens: int = Field(default=131_072, ge=1)
     """In-flight tokens of all gRPC and HTTP callers together."""
     max_tenant_tokens: int = Field(default=65_536, ge=1)
-    """In-flight tokens of one tenant over gRPC and HTTP."""
+    """In-flight tokens of one tenant over gRPC and HTTP, where the tenants file says nothing else."""
     quantum_tokens: int = Field(default=1_024, ge=1)
     """What a tenant of weight 1 is granted in a turn."""
-    weights: dict[str, float] = Field(default_factory=dict)
-    """Share of a tenant relative to 1; tenants not named have 1."""
     max_padding_share: float = Field(default=0.1, ge=0, lt=1)
     """Of a forward pass."""
     prefix_cache_tokens: int = Field(default=16_384, ge=0)
@@ -64,14 +89,6 @@ class BatchingSettings(Settings):
     """Response rows that go through the output head at a time."""
     linger_ms: float = Field(default=2.0, ge=0, le=1000)
     """How long an idle engine waits for company to the first request."""
-
-    @field_validator("weights")
-    @classmethod
-    def _weights_are_positive(cls, weights: dict[str, float]) -> dict[str, float]:
-        for tenant, weight in weights.items():
-            if not 0.01 <= weight <= 100:
-                raise ValueError(f"weight {weight} of tenant {tenant} is outside 0.01 to 100; leave it out for 1")
-        return weights
 
 
 class HiddenStatesSettings(Settings):
@@ -98,9 +115,14 @@ class QueueSettings(Settings):
     """Between two signs of life; two missed ones make the replica not ready."""
     per_fingerprint: bool = False
     """Serves the pool name@fingerprint, to be switched to with `opd pool promote`, instead of the bare name."""
-    max_tenant_tokens: int | None = Field(default=None, ge=1)
-    """In-flight tokens of a tenant in the queue; set together with batching.weights for the whole pool. Unset with
-    no weights leaves the pool's limits as they are."""
+    user: str = ""
+    """Redis user of this pool where redis_url names none; its password is OPD_REDIS_PASSWORD or its file."""
+    ca_file: Path | None = None
+    """For rediss://: PEM file of the authorities that may have signed Redis's certificate."""
+    cert_file: Path | None = None
+    """For rediss://: PEM file of a certificate of our own."""
+    key_file: Path | None = None
+    """PEM file of its key."""
 
 
 class TeacherConfig(Settings):
@@ -121,8 +143,8 @@ class TeacherConfig(Settings):
     max_score_top_k: int = Field(default=256, ge=1, le=65_536)
     """The teacher's own top-k."""
     redis_url: str | None = None
-    """redis:// or unix:// URL of the queue; unset takes OPD_REDIS_URL or its file, and serves gRPC and HTTP only if
-    there is none."""
+    """redis://, rediss:// or unix:// URL of the queue; unset takes OPD_REDIS_URL or its file, and serves gRPC and HTTP
+    only if there is none."""
     grpc: GrpcSettings = GrpcSettings()
     """See GrpcSettings."""
     http: HttpSettings = HttpSettings()
@@ -133,6 +155,11 @@ class TeacherConfig(Settings):
     """See QueueSettings."""
     hidden_states: HiddenStatesSettings = HiddenStatesSettings()
     """See HiddenStatesSettings."""
+    tenants_file: Path | None = None
+    """TOML file of `opd tenants`: tokens, weights, caps and rights, followed while running. Unset lets everybody in
+    and leaves the queue's limits as they are."""
+    trust_network: bool = False
+    """The listeners' network is private: they may leave loopback without tokens, and with tokens without TLS."""
     replica: str = ""
     """This replica's name in replies and metrics; unset is host name and process id."""
     canary_interval_s: float = Field(default=60.0, gt=0)
@@ -170,4 +197,21 @@ class TeacherConfig(Settings):
                 f"hidden_states.chunk_bytes={self.hidden_states.chunk_bytes}: is over half of grpc.max_message_bytes="
                 f"{self.grpc.max_message_bytes}; lower the first or raise the second"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _listeners_are_safe(self) -> Self:
+        for name, listener in (("grpc", self.grpc), ("http", self.http)):
+            if is_loopback(listener.host) or self.trust_network:
+                continue
+            if self.tenants_file is None:
+                raise ValueError(
+                    f"{name}.host={listener.host}: would serve everybody; set tenants_file, or trust_network=true "
+                    "where the network is private"
+                )
+            if listener.tls.cert_file is None:
+                raise ValueError(
+                    f"{name}.host={listener.host}: tokens would travel in clear text; set {name}.tls.cert_file and "
+                    f"{name}.tls.key_file, or trust_network=true where the network is private"
+                )
         return self

@@ -14,6 +14,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from opd.credentials import read_pem
 from opd.errors import ConfigError, InternalError, OpdError, UnknownTeacherError
 from opd.rpc.client import KEEPALIVE_TIME_S
 from opd.rpc.status import STATUS, trailing_metadata
@@ -22,13 +23,14 @@ from opd.wire.heads import head_messages
 from opd.wire.messages import check_message_size, info_to_proto, reply_to_proto, request_from_proto
 from opd.wire.pb import teacher_pb2 as pb
 from opd.wire.pb import teacher_pb2_grpc as pb_grpc
-from services.teacher_server.config import GrpcSettings
+from services.teacher_server.config import GrpcSettings, TlsSettings
+from services.teacher_server.gate import Gate
+from services.teacher_server.grpc_gate import SERVICE, GateInterceptor
 from services.teacher_server.readiness import Readiness
 from services.teacher_server.scoring import ScoringSlot, TeacherScoring
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-SERVICE = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _CHUNK_BYTES = 1 << 20
@@ -87,9 +89,16 @@ class GrpcServer:
     """The listener; answers health from the start, and requests once the slot is filled."""
 
     def __init__(
-        self, settings: GrpcSettings, slot: ScoringSlot, readiness: Readiness, *, chunk_bytes: int = _CHUNK_BYTES
+        self,
+        settings: GrpcSettings,
+        slot: ScoringSlot,
+        readiness: Readiness,
+        gate: Gate | None = None,
+        *,
+        chunk_bytes: int = _CHUNK_BYTES,
     ) -> None:
         self._settings = settings
+        self._gate = gate or Gate()
         self._servicer = TeacherServicer(slot, chunk_bytes=chunk_bytes)
         self._readiness = readiness
         self._health = health.aio.HealthServicer()
@@ -99,7 +108,11 @@ class GrpcServer:
     async def start(self) -> int:
         """Listens and serves; returns the port, raises ConfigError when it is taken."""
         settings = self._settings
-        self._server = grpc.aio.server(options=_options(settings), maximum_concurrent_rpcs=settings.max_concurrent_rpcs)
+        self._server = grpc.aio.server(
+            interceptors=(GateInterceptor(self._gate),),
+            options=_options(settings),
+            maximum_concurrent_rpcs=settings.max_concurrent_rpcs,
+        )
         pb_grpc.add_TeacherServiceServicer_to_server(self._servicer, self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -117,10 +130,14 @@ class GrpcServer:
 
     def _bind(self) -> int:
         host, port = self._settings.host, self._settings.port
+        credentials = server_credentials(self._settings.tls)
         try:
             # Tried by ourselves first: gRPC would write its own lines beside ours.
             socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-            return int(self._server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}"))
+            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            if credentials is None:
+                return int(self._server.add_insecure_port(address))
+            return int(self._server.add_secure_port(address, credentials))
         except (OSError, RuntimeError) as error:
             raise ConfigError(
                 f"grpc.port={port}: cannot listen on {host} ({getattr(error, 'strerror', None) or error}); choose "
@@ -135,6 +152,15 @@ class GrpcServer:
     async def _set_health(self, status: Any) -> None:
         for service in ("", SERVICE):
             await self._health.set(service, status)
+
+
+def server_credentials(tls: TlsSettings) -> Any:
+    """gRPC's own form of the certificate, None without one; raises ConfigError for files that are none."""
+    if tls.cert_file is None or tls.key_file is None:
+        return None
+    pair = (read_pem("grpc.tls.key_file", tls.key_file), read_pem("grpc.tls.cert_file", tls.cert_file))
+    client_ca = None if tls.client_ca_file is None else read_pem("grpc.tls.client_ca_file", tls.client_ca_file)
+    return grpc.ssl_server_credentials([pair], client_ca, require_client_auth=client_ca is not None)
 
 
 def _options(settings: GrpcSettings) -> list[tuple[str, int]]:

@@ -6,39 +6,28 @@ Errors have the same form everywhere: {"error": {code, message, retryable, retry
 
 import math
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
+from opd.credentials import read_pem
 from opd.errors import ConfigError, InvalidRequestError, OpdError
 from opd.metrics import CONTENT_TYPE, TeacherMetrics
 from opd.types import ScoreReply, ScoreRequest
 from services.teacher_server.config import HttpSettings
+from services.teacher_server.gate import Gate
+from services.teacher_server.http_gate import HttpGate, error_response, tell_errors
 from services.teacher_server.readiness import Part, Readiness
 from services.teacher_server.scoring import ScoringSlot
-
-STATUS: dict[str, int] = {
-    "invalid_request": 400,
-    "unauthenticated": 401,
-    "permission_denied": 403,
-    "unknown_teacher": 404,
-    "vocabulary_mismatch": 409,
-    "over_capacity": 429,
-    "non_finite": 422,
-    "unsupported": 501,
-    "unavailable": 503,
-    "queue_unavailable": 503,
-    "deadline_exceeded": 504,
-}
-"""Codes of the error tree that a score can end with; every other one is a 500."""
 
 
 class ScoreBody(BaseModel):
@@ -49,7 +38,8 @@ class ScoreBody(BaseModel):
     prompt_token_ids: list[int]
     response_token_ids: list[int]
     rollout_id: str = "by-hand"
-    tenant: str = "by-hand"
+    tenant: str = ""
+    """Empty: the one whose token it is, or `by-hand` where nobody is told apart."""
     teacher: str = ""
     """Empty: whoever answers here."""
     candidate_token_ids: list[list[int]] | None = None
@@ -59,38 +49,34 @@ class ScoreBody(BaseModel):
     teacher_temperature: float = 1.0
     timeout_ms: int = 60_000
 
-    def to_request(self, teacher: str) -> ScoreRequest:
+    def to_request(self, teacher: str, tenant: str) -> ScoreRequest:
         """Raises InvalidRequestError for ids that are no 32-bit integers and ragged candidates."""
         fields = self.model_dump()
         for name in ("prompt_token_ids", "response_token_ids", "candidate_token_ids"):
             fields[name] = _ids(name, fields[name])
-        return ScoreRequest(**(fields | {"teacher": self.teacher or teacher}))
+        return ScoreRequest(**(fields | {"teacher": self.teacher or teacher, "tenant": self.tenant or tenant}))
 
 
-def create_app(slot: ScoringSlot, readiness: Readiness, metrics: TeacherMetrics, settings: HttpSettings) -> FastAPI:
+def create_app(
+    slot: ScoringSlot,
+    readiness: Readiness,
+    metrics: TeacherMetrics,
+    settings: HttpSettings,
+    gate: Gate | None = None,
+) -> FastAPI:
     """All routes; needs no running engine."""
     app = FastAPI(title="OPD teacher", docs_url=None, redoc_url=None, openapi_url=None)
+    doors = HttpGate(gate or Gate(), settings)
 
     @app.middleware("http")
-    async def bound_bodies(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        length = request.headers.get("content-length", "")
-        if request.method == "POST" and not (length.isdigit() and int(length) <= settings.max_body_bytes):
-            error = InvalidRequestError(
-                f"content-length={length or 'absent'}: a body of at most {settings.max_body_bytes} bytes is read; "
-                "use gRPC for more"
-            )
-            return _error_response(error)
+    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        try:
+            doors.enter(request)
+        except OpdError as error:
+            return error_response(error)
         return await call_next(request)
 
-    @app.exception_handler(OpdError)
-    async def tell(_: Request, error: OpdError) -> Response:
-        return _error_response(error)
-
-    @app.exception_handler(RequestValidationError)
-    async def tell_form(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:]) or "body"
-        return _error_response(InvalidRequestError(f"{where}: {first['msg'].lower()}"))
+    tell_errors(app)
 
     @app.get("/healthz")
     async def healthz() -> Response:
@@ -112,9 +98,11 @@ def create_app(slot: ScoringSlot, readiness: Readiness, metrics: TeacherMetrics,
         return JSONResponse(found | {"capabilities": sorted(found["capabilities"])})
 
     @app.post("/v1/score")
-    async def score(body: ScoreBody) -> Response:
-        scoring = slot.get()
-        reply = await scoring.score(body.to_request(scoring.info().teacher))
+    async def score(body: ScoreBody, http_request: Request) -> Response:
+        scoring, tenant = slot.get(), http_request.state.tenant
+        request = body.to_request(scoring.info().teacher, tenant or "by-hand")
+        doors.gate.check_request(tenant, request.tenant)
+        reply = await scoring.score(request)
         return JSONResponse(reply_as_json(reply))
 
     return app
@@ -126,7 +114,9 @@ class HttpServer:
     def __init__(self, app: FastAPI, settings: HttpSettings) -> None:
         self._settings = settings
         self._server = _QuietServer(
-            uvicorn.Config(app, log_config=None, access_log=False, log_level="warning", lifespan="off", ws="none")
+            uvicorn.Config(
+                app, log_config=None, access_log=False, log_level="warning", lifespan="off", ws="none", **_tls(settings)
+            )
         )
         self._socket: socket.socket | None = None
 
@@ -152,6 +142,18 @@ class HttpServer:
         self._server.should_exit = True
         if self._socket is not None and not self._server.started:
             self._socket.close()
+
+
+def _tls(settings: HttpSettings) -> dict[str, Any]:
+    """uvicorn's own options; raises ConfigError for files that are none."""
+    tls = settings.tls
+    if tls.cert_file is None or tls.key_file is None:
+        return {}
+    files = {"ssl_certfile": tls.cert_file, "ssl_keyfile": tls.key_file, "ssl_ca_certs": tls.client_ca_file}
+    found = {name: str(path.expanduser()) for name, path in files.items() if path is not None}
+    for name in found:
+        read_pem(f"http.tls.{name}", Path(found[name]))
+    return found | ({"ssl_cert_reqs": ssl.CERT_REQUIRED} if tls.client_ca_file else {})
 
 
 class _QuietServer(uvicorn.Server):
@@ -188,14 +190,3 @@ def _ids(name: str, values: list[Any] | None) -> Any:
         )
     except (ValueError, OverflowError):
         raise InvalidRequestError(f"{name}: is no rectangle of 32-bit ids; pad rows with -1") from None
-
-
-def _error_response(error: OpdError) -> Response:
-    content = {
-        "code": error.code,
-        "message": error.message,
-        "retryable": error.retryable,
-        "retry_after_s": error.retry_after_s,
-    }
-    headers = {"Retry-After": str(math.ceil(error.retry_after_s))} if error.retry_after_s is not None else None
-    return JSONResponse({"error": content}, STATUS.get(error.code, 500), headers=headers)

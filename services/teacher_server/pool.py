@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from pydantic import Field, field_validator
 
+from opd.credentials import Credentials
 from opd.errors import ConfigError, OpdError
 from opd.lifecycle import Shutdown
 from opd.logs import configure_logging
@@ -165,7 +166,9 @@ async def serve_pool(config: PoolConfig, shutdown: Shutdown, on_ready: Callable[
 
     Redis may be away at the start and at any time: answers are 503 meanwhile, and the process stays.
     """
-    connection = QueueConnection(_redis_url(config.redis_url), patience_s=config.patience_s)
+    connection = QueueConnection(
+        _redis_url(config.redis_url), patience_s=config.patience_s, credentials=pool_credentials()
+    )
     watch = PoolWatch(connection, config.teachers, cache_s=config.cache_s)
     listener = _listen(config.host, config.port)
     port = listener.getsockname()[1]
@@ -242,12 +245,17 @@ async def _once(redis_url: str | None, act: Callable[[QueueConnection], Awaitabl
 
 @contextlib.asynccontextmanager
 async def _opened(redis_url: str | None) -> AsyncIterator[QueueConnection]:
-    connection = QueueConnection(_redis_url(redis_url), patience_s=5.0)
+    connection = QueueConnection(_redis_url(redis_url), patience_s=5.0, credentials=pool_credentials())
     try:
         await connection.open()
         yield connection
     finally:
         await connection.close()
+
+
+def pool_credentials() -> Credentials:
+    """The password of the user in the URL, from `OPD_REDIS_PASSWORD` or its file; TLS files stand in the URL."""
+    return Credentials(token=read_secret("OPD_REDIS_PASSWORD"))
 
 
 def _redis_url(given: str | None) -> str:

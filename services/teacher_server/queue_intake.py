@@ -12,6 +12,7 @@ from collections.abc import Coroutine
 from functools import partial
 from typing import Any, TypeVar
 
+from opd.credentials import Credentials
 from opd.errors import InternalError, InvalidRequestError, OpdError, QueueUnavailableError, TeacherUnavailableError
 from opd.queue.connection import QueueConnection
 from opd.queue.score_consumer import Delivery, LeaseRules, ScoreConsumer
@@ -19,8 +20,10 @@ from opd.types import ScoreRequest
 from opd.wire.messages import check_message_size, decode_request, encode_info, encode_reply
 from services.teacher_server.batcher import Intake
 from services.teacher_server.config import TeacherConfig
+from services.teacher_server.gate import Gate
 from services.teacher_server.readiness import Part, Readiness
 from services.teacher_server.scoring import TeacherScoring
+from services.teacher_server.tenants import TenantTable
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -37,13 +40,23 @@ class QueueIntake:
     """One replica's hand in the queue. `start`, then `run` until cancelled, then `stop`."""
 
     def __init__(
-        self, config: TeacherConfig, url: str, scoring: TeacherScoring, *, readiness: Readiness, replica: str
+        self,
+        config: TeacherConfig,
+        url: str,
+        scoring: TeacherScoring,
+        *,
+        readiness: Readiness,
+        replica: str,
+        gate: Gate | None = None,
+        password: str | None = None,
     ) -> None:
         info, queue = scoring.info(), config.queue
         self._scoring = scoring
         self._readiness = readiness
         self._settings = queue
-        self._weights = config.batching.weights
+        self._gate = gate or Gate()
+        self._table: TenantTable | None = None
+        self._has_new_limits = asyncio.Event()
         self._stall_s = config.stall_s
         self._batch_tokens = config.batching.max_batch_tokens
         self._info = encode_info(info)
@@ -55,7 +68,15 @@ class QueueIntake:
             max_body_bytes=config.grpc.max_message_bytes,
         )
         self.pool = f"{info.teacher}@{info.fingerprint}" if queue.per_fingerprint else info.teacher
-        self._connection = QueueConnection(url, patience_s=queue.patience_s)
+        credentials = Credentials(
+            token=password,
+            user=queue.user,
+            ca_file=queue.ca_file,
+            cert_file=queue.cert_file,
+            key_file=queue.key_file,
+            trust_network=config.trust_network,
+        )
+        self._connection = QueueConnection(url, patience_s=queue.patience_s, credentials=credentials)
         self._consumer = ScoreConsumer(self._connection, pool=self.pool, name=replica, rules=rules)
         self._serving: dict[Delivery, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
@@ -85,6 +106,7 @@ class QueueIntake:
             group.create_task(self._keep_taking_newcomers())
             group.create_task(self._keep_renewing())
             group.create_task(self._keep_announcing())
+            group.create_task(self._keep_limits())
 
     async def stop(self, patience_s: float) -> bool:
         """Hands back what the engine has not begun, waits for the rest, signs off; True when nothing was cut short.
@@ -170,11 +192,29 @@ class QueueIntake:
 
     async def _sign_on(self) -> None:
         await self._connection.open()
-        if self._weights or self._settings.max_tenant_tokens is not None:
-            await self._consumer.set_limits(
-                weights=self._weights, caps={}, default_cap=self._settings.max_tenant_tokens
-            )
+        await self._write_limits()
         await self._announce()
+
+    def follow(self, table: TenantTable) -> None:
+        """The pool's limits are to be these tenants'; written at the start and whenever they change."""
+        self._table = table
+        self._has_new_limits.set()
+
+    async def _keep_limits(self) -> None:
+        while True:
+            await self._has_new_limits.wait()
+            try:
+                await self._write_limits()
+            except OpdError as error:
+                _log.warning("redis %s: limits not written, trying again (%s)", self.label, error.message)
+                await asyncio.sleep(_PAUSE_AFTER_FAULT_S)
+
+    async def _write_limits(self) -> None:
+        if (table := self._table) is None:
+            return
+        await self._consumer.set_limits(weights=table.weights(), caps=table.caps())
+        if self._table is table:
+            self._has_new_limits.clear()
 
     async def _announce(self) -> None:
         """The handshake is written each time: a Redis that lost everything gets it back."""
@@ -202,6 +242,7 @@ class QueueIntake:
         try:
             request = decode_request(delivery.body)
             _check_declared(delivery, request)
+            self._gate.check_queued(delivery.tenant)
             reply = await self._scoring.score(
                 request,
                 intake=Intake.QUEUE,

@@ -215,16 +215,20 @@ class TeacherScoring:
         if guarded.verdict is not None:
             self._apply(guarded.verdict)
         took_s = self._clock() - started_s
-        self._batcher.record_speed(sum(ticket.num_tokens for ticket in batch), took_s)
+        num_tokens = sum(ticket.num_tokens for ticket in batch)
+        self._batcher.record_speed(num_tokens, took_s)
         for ticket, outcome in zip(batch, guarded.outcomes, strict=True):
+            self._count_usage(ticket, outcome, took_s * ticket.num_tokens / num_tokens)
             self._answer(ticket, outcome, queue_s=started_s - ticket.admitted_at_s, engine_s=took_s)
         self._show_load()
 
-    def _answer(self, ticket: Ticket, outcome: Scores | OpdError, *, queue_s: float, engine_s: float) -> None:
-        answer = self._answers.get(ticket)
+    def _count_usage(self, ticket: Ticket, outcome: Scores | OpdError, engine_s: float) -> None:
         if isinstance(outcome, Scores):
             self.num_scored += 1
-            self._metrics.count_tokens(ticket.tenant, ticket.num_tokens)
+            self._metrics.count_usage(ticket.tenant, num_tokens=ticket.num_tokens, engine_s=engine_s)
+
+    def _answer(self, ticket: Ticket, outcome: Scores | OpdError, *, queue_s: float, engine_s: float) -> None:
+        answer = self._answers.get(ticket)
         if answer is None or answer.done():
             return
         if isinstance(outcome, OpdError):

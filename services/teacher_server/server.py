@@ -23,6 +23,7 @@ from services.teacher_server.canary import Canary
 from services.teacher_server.config import TeacherConfig
 from services.teacher_server.engines.base import ForwardObserver, ForwardReport, ScoringEngine
 from services.teacher_server.engines.model_folder import check_model
+from services.teacher_server.gate import Gate
 from services.teacher_server.grpc_api import GrpcServer
 from services.teacher_server.guarded_engine import GuardedEngine
 from services.teacher_server.http_api import HttpServer, create_app
@@ -30,6 +31,7 @@ from services.teacher_server.queue_intake import QueueIntake
 from services.teacher_server.readiness import Part, Readiness
 from services.teacher_server.ready_file import write_ready_file
 from services.teacher_server.scoring import ScoringSlot, TeacherScoring
+from services.teacher_server.tenant_registry import TenantRegistry
 
 _log = logging.getLogger(__name__)
 EXIT_CLEAN, EXIT_FAULT = 0, 1
@@ -49,6 +51,12 @@ def run_teacher(config_path: Path | None, overrides: Sequence[str], ready_file: 
         logging.shutdown()
         os._exit(exit_code)
     return exit_code
+
+
+def _load_registry(config: TeacherConfig, metrics: TeacherMetrics) -> TenantRegistry | None:
+    if config.tenants_file is None:
+        return None
+    return TenantRegistry(config.tenants_file, sound=metrics.tenants_file_sound)
 
 
 class Replica:
@@ -71,9 +79,11 @@ class Replica:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._engine_work: asyncio.Future[GuardedEngine] | None = None
         self._scoring: TeacherScoring | None = None
+        self._registry = _load_registry(config, self._metrics)
+        self._gate = gate = Gate(self._registry)
         chunk_bytes = min(config.hidden_states.chunk_bytes, config.grpc.max_message_bytes // 2)
-        self._grpc = GrpcServer(config.grpc, self._slot, self._readiness, chunk_bytes=chunk_bytes)
-        self._http = HttpServer(create_app(self._slot, self._readiness, self._metrics, config.http), config.http)
+        self._grpc = GrpcServer(config.grpc, self._slot, self._readiness, gate, chunk_bytes=chunk_bytes)
+        self._http = HttpServer(create_app(self._slot, self._readiness, self._metrics, config.http, gate), config.http)
         self._intake: QueueIntake | None = None
         self._tasks: dict[str, asyncio.Task[Any]] = {}
 
@@ -107,6 +117,7 @@ class Replica:
         if engine is None:
             return
         self._scoring = scoring = self._build_scoring(engine)
+        self._follow_tenants()
         self._run("scoring", scoring.run())
         await scoring.check_canary()
         self._slot.fill(scoring)
@@ -164,9 +175,12 @@ class Replica:
             max_tenant_tokens=batching.max_tenant_tokens,
             quantum_tokens=batching.quantum_tokens,
         )
+        batcher = FairBatcher(limits)
+        if self._registry is not None:
+            self._registry.subscribe(lambda table: batcher.set_shares(table.weights(), table.caps()))
         return TeacherScoring(
             engine,
-            FairBatcher(limits, batching.weights),
+            batcher,
             self._executor,
             readiness=self._readiness,
             metrics=self._metrics,
@@ -174,11 +188,26 @@ class Replica:
             linger_s=batching.linger_ms / 1000,
         )
 
+    def _follow_tenants(self) -> None:
+        if self._registry is not None:
+            self._registry.subscribe(lambda table: self._metrics.know_tenants(table.tenants))
+            self._run("tenants", self._registry.watch())
+
     async def _join_queue(self, scoring: TeacherScoring) -> None:
         url = self._config.redis_url or read_secret("OPD_REDIS_URL")
         if url is None:
             return
-        intake = QueueIntake(self._config, url, scoring, readiness=self._readiness, replica=self._name)
+        intake = QueueIntake(
+            self._config,
+            url,
+            scoring,
+            readiness=self._readiness,
+            replica=self._name,
+            gate=self._gate,
+            password=read_secret("OPD_REDIS_PASSWORD"),
+        )
+        if self._registry is not None:
+            self._registry.subscribe(intake.follow)
         await intake.start()
         self._intake = intake
         self._run("queue", intake.run())

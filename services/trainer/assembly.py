@@ -19,6 +19,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from opd.client import SyncScoreClient
+from opd.credentials import load_credentials
 from opd.errors import CheckpointError, ConfigError
 from opd.queue.connection import hide_password
 from opd.settings import read_secret
@@ -202,7 +203,16 @@ def _connect(settings: TrainSettings, opened: ExitStack) -> SyncScoreClient:
     url = teacher.url or read_secret("OPD_REDIS_URL")
     if not url:
         raise ConfigError("teacher.url: is empty and OPD_REDIS_URL is not set; set one to redis://HOST:PORT/DB")
-    client = SyncScoreClient.connect(url, teacher=teacher.pool, tenant=teacher.tenant, patience_s=teacher.patience_s)
+    credentials = load_credentials(
+        token_file=teacher.token_file,
+        ca_file=teacher.ca_file,
+        cert_file=teacher.cert_file,
+        key_file=teacher.key_file,
+        trust_network=teacher.trust_network,
+    )
+    client = SyncScoreClient.connect(
+        url, teacher=teacher.pool, tenant=teacher.tenant, patience_s=teacher.patience_s, credentials=credentials
+    )
     # A queue that is gone must not hold up the end of the run for its whole patience.
     opened.callback(close_within, client.close, "score client")
     return client

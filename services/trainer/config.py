@@ -69,7 +69,17 @@ class TeacherSettings(Settings):
     tenant: Name = "default"
     """Who asks; [a-z0-9-]{1,63}."""
     url: str = ""
-    """redis://, rediss://, unix:// (the queue) or grpc://host:port; empty means `OPD_REDIS_URL`."""
+    """redis://, rediss://, unix:// (the queue), grpc://host:port or grpcs://host:port; empty means `OPD_REDIS_URL`."""
+    token_file: Path | None = None
+    """Holds the tenant's token; unset takes `OPD_TOKEN_FILE` or `OPD_TOKEN`, and none where there is neither."""
+    ca_file: Path | None = None
+    """For TLS: PEM file of the authorities that may have signed the server's certificate; unset takes the system's."""
+    cert_file: Path | None = None
+    """For mutual TLS: PEM file of a certificate of our own."""
+    key_file: Path | None = None
+    """PEM file of its key."""
+    trust_network: bool = False
+    """The way to the teacher is private: the token may travel without TLS."""
     encoding: Encoding = Encoding.FLOAT16
     """How log-probs travel; computed in fp32 either way. float16 takes a third off the bytes and moves the gradient by
     less than a thousandth of what another batch does (docs/decisions/0006-bytes-on-the-wire.md)."""

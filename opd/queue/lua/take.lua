@@ -48,8 +48,29 @@ local function remove(tenant, id, fields, keeps_body)
   end
 end
 
--- Ends an entry that nobody waits for any more, or that waited too long; false when it is to be scored.
+-- Whether an entry is what `submit` writes: a tenant may add to its own stream without it.
+local function is_entry(fields)
+  for _, name in ipairs({'r', 'i'}) do
+    if not string.match(fields[name] or '', '^[!-~]+$') or #fields[name] > 200 then
+      return false
+    end
+  end
+  for _, name in ipairs({'t', 'd', 'a'}) do
+    if not string.match(fields[name] or '', '^%d+$') or #fields[name] > 10 then
+      return false
+    end
+  end
+  return tonumber(fields.t) > 0
+end
+
+-- Ends an entry that is none, that nobody waits for any more, or that waited too long; false when it is to be scored.
 local function retire(tenant, id, fields)
+  if not is_entry(fields) then
+    redis.call('XACK', key('requests', tenant), GROUP, id)
+    redis.call('XDEL', key('requests', tenant), id)
+    count('malformed', 1)
+    return true
+  end
   if not fields.k and not is_alive(tenant, fields.i) then
     remove(tenant, id, fields)
     count('dropped', 1)

@@ -8,16 +8,18 @@ from urllib.parse import quote
 
 import pytest
 from redis import Redis
-from redis.exceptions import NoPermissionError
+from redis.exceptions import NoPermissionError, RedisError
 
 from opd.errors import InvalidRequestError, UnauthenticatedError
-from opd.queue.access import acl_file_line, pool_rules, tenant_rules
+from opd.queue.access import acl_file_line, apply_users, hash_password, pool_rules, read_version, tenant_rules
+from opd.queue.connection import QueueConnection
 from opd.queue.keys import PoolKeys
 from opd.queue.pools import read_info, resolve_pool
 from opd.queue.score_client import QueueScoreClient
 from opd.queue.score_consumer import ScoreConsumer
 
 PASSWORD = "a long enough password"
+HASH = hash_password("math", PASSWORD)
 KEYS = PoolKeys("qwen")
 
 
@@ -36,8 +38,8 @@ def guarded_url(redis_url: str) -> Iterator[str]:
     with Redis.from_url(redis_url) as redis:
         version = version_of(redis)
         for tenant in ("math", "code"):
-            redis.execute_command("ACL", "SETUSER", tenant, *tenant_rules(tenant, "qwen", PASSWORD, version=version))
-        redis.execute_command("ACL", "SETUSER", "pool", *pool_rules("pool", "qwen", PASSWORD))
+            redis.execute_command("ACL", "SETUSER", tenant, *tenant_rules(tenant, ["qwen"], [HASH], version=version))
+        redis.execute_command("ACL", "SETUSER", "pool", *pool_rules(["qwen"], [HASH]))
         yield redis_url
         redis.acl_deluser("math", "code", "pool")
 
@@ -123,7 +125,7 @@ async def test_a_wrong_password_is_refused(guarded_url: str) -> None:
 def test_a_rendered_file_is_one_the_server_reads(make_redis: Any, tmp_path: Any) -> None:
     lines = [
         acl_file_line("default", ["on", "nopass", "~*", "+@all"]),
-        acl_file_line("math", tenant_rules("math", "qwen@00ff", PASSWORD, version=(6, 2))),
+        acl_file_line("math", tenant_rules("math", ["qwen@00ff"], [HASH], version=(6, 2))),
     ]
     (tmp_path / "users.acl").write_text("\n".join(lines) + "\n")
     server = make_redis(f'aclfile "{tmp_path / "users.acl"}"')
@@ -132,7 +134,41 @@ def test_a_rendered_file_is_one_the_server_reads(make_redis: Any, tmp_path: Any)
 
 
 def test_no_rule_holds_the_password_and_short_ones_are_refused() -> None:
-    rules = tenant_rules("math", "qwen", PASSWORD, version=(7, 0))
-    assert not any(PASSWORD in rule for rule in rules)
+    rules = tenant_rules("math", ["qwen"], [HASH], version=(7, 0))
+    assert not any(PASSWORD in rule for rule in rules) and f"#{HASH}" in rules
     with pytest.raises(InvalidRequestError, match="password of math: has 5 characters"):
-        tenant_rules("math", "qwen", "short", version=(7, 0))
+        hash_password("math", "short")
+
+
+@pytest.mark.parametrize("name", ["*", "ma*h", "m?th", "[a-z]", "math ~*", "Math", "", "a" * 64, "..", "a:b", "a\n"])
+def test_names_that_stand_for_more_than_themselves_are_refused(name: str) -> None:
+    with pytest.raises(InvalidRequestError, match="must match"):
+        tenant_rules(name, ["qwen"], [HASH], version=(7, 0))
+    with pytest.raises(InvalidRequestError, match="must match"):
+        tenant_rules("math", [name], [HASH], version=(7, 0))
+
+
+async def test_users_of_a_running_redis_follow_the_table(redis_url: str) -> None:
+    connection = QueueConnection(redis_url)
+    version = await read_version(connection)
+    pools, other_hash = ["qwen", "llama"], "0" * 64
+    rules = {name: tenant_rules(name, pools, [HASH], version=version) for name in ("math", "code")}
+    with Redis.from_url(redis_url) as admin:
+        admin.execute_command("ACL", "SETUSER", "bystander", "on", "nopass", "~app:*", "+get")
+        assert await apply_users(connection, rules, pools) == ([], False)
+        code = Redis.from_url(with_user(redis_url, "code"))
+        assert code.ping() and code.get(PoolKeys("llama").info) is None
+        rotating = {"math": tenant_rules("math", pools, [other_hash, HASH], version=version)}
+        assert await apply_users(connection, rotating, pools) == (["code"], False)
+        with pytest.raises(RedisError):
+            code.ping()
+        code.close()
+        with Redis.from_url(with_user(redis_url, "math")) as math:
+            assert math.ping()
+        dropped = {"math": tenant_rules("math", pools, [other_hash], version=version)}
+        await apply_users(connection, dropped, pools)
+        with Redis.from_url(with_user(redis_url, "math")) as math, pytest.raises(RedisError):
+            math.ping()
+        assert "bystander" in admin.acl_users()
+        admin.acl_deluser("bystander", "math")
+    await connection.close()

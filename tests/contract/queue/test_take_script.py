@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+INCARNATION = "00000000000000aa"
+
 
 async def submit_all(bench: Any, count: int, **options: Any) -> None:
     for number in range(count):
@@ -253,3 +255,29 @@ async def test_work_per_call_is_bounded_and_everybody_is_reached(bench: Any, num
         served += [item["tenant"] for item in await bench.take(budget=10**6, max_entries=1000)]
     assert sorted(served) == [f"t{number:03d}" for number in range(num_tenants)]
     assert len(served) == len(set(served))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"x": "1"},
+        {"r": "r.1", "t": "10", "i": INCARNATION, "d": "60000"},
+        {"r": "r.1", "t": "ten", "i": INCARNATION, "d": "60000", "a": "0"},
+        {"r": "r.1", "t": "0", "i": INCARNATION, "d": "60000", "a": "0"},
+        {"r": "r.1", "t": "-5", "i": INCARNATION, "d": "60000", "a": "0"},
+        {"r": "r.1", "t": "1e9", "i": INCARNATION, "d": "60000", "a": "0"},
+        {"r": "r.1", "t": "9" * 40, "i": INCARNATION, "d": "60000", "a": "0"},
+        {"r": "r 1", "t": "10", "i": INCARNATION, "d": "60000", "a": "0"},
+        {"r": b"\xff\xfe", "t": "10", "i": INCARNATION, "d": "60000", "a": "0"},
+        {"r": "r.1", "t": "10", "i": "", "d": "nan", "a": "0"},
+    ],
+    ids=str,
+)
+async def test_an_entry_that_is_none_stops_nobody(bench: Any, fields: dict[str, Any]) -> None:
+    bench.beat("code")
+    bench.redis.xadd(bench.keys.requests("math"), fields)
+    bench.redis.sadd(bench.keys.active, "math")
+    await bench.submit("r.good", tenant="math")
+    await bench.submit("r.other", tenant="code")
+    assert {item["rollout_id"] for item in await bench.take()} == {"r.good", "r.other"}
+    assert bench.totals()["malformed"] == 1 and bench.redis.xlen(bench.keys.requests("math")) == 1

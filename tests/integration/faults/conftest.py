@@ -16,8 +16,8 @@ import pytest
 from redis import Redis
 
 from opd.client import ScoreClient
+from opd.queue.client_rules import ClientRules
 from opd.queue.keys import GROUP, PoolKeys
-from opd.queue.score_client import ClientRules
 from opd.types import ScoreReply, ScoreRequest
 from tests.integration.faults.fragile_replica import expected_logprobs
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from opd.errors import DeadLetterError
-from opd.queue.score_client import ClientRules, QueueScoreClient
+from opd.queue.client_rules import ClientRules
+from opd.queue.score_client import QueueScoreClient
 
 RULES = ClientRules(heartbeat_ms=10_000, sweep_s=0.5)
 

@@ -18,8 +18,9 @@ from opd.errors import (
     QueueUnavailableError,
     TeacherUnavailableError,
 )
+from opd.queue.client_rules import ClientRules
 from opd.queue.keys import PoolKeys
-from opd.queue.score_client import ClientRules, QueueScoreClient
+from opd.queue.score_client import QueueScoreClient
 from opd.queue.score_consumer import LeaseRules, ScoreConsumer
 
 KEYS = PoolKeys("qwen")

@@ -14,6 +14,7 @@ from opd.client import ScoreClient
 from opd.errors import InvalidRequestError, NonFiniteError, OpdError, UnknownTeacherError
 from opd.metrics import TeacherMetrics
 from opd.queue.connection import QueueConnection
+from opd.queue.keys import PoolKeys
 from opd.queue.score_client import QueueScoreClient
 from opd.queue.score_consumer import LeaseRules, ScoreConsumer
 from opd.types import ScoreReply, ScoreRequest
@@ -25,6 +26,7 @@ from services.teacher_server.guarded_engine import GuardedEngine
 from services.teacher_server.queue_intake import QueueIntake
 from services.teacher_server.readiness import Part, Readiness
 from services.teacher_server.scoring import TeacherScoring
+from services.teacher_server.tenants import Tenant, TenantTable
 from tests.conftest import MakeRedis
 from tests.unit.teacher_server.fake_engine import NAN_ID, FakeEngine, fake_info, until
 from tests.unit.teacher_server.tiny_teachers import make_request
@@ -320,7 +322,9 @@ async def test_an_unreachable_or_evicting_redis_is_one_line_at_the_start(make_re
 
 
 async def test_limits_and_a_pool_per_fingerprint_are_published_when_asked(redis_url: str) -> None:
-    async with replica(redis_url, queue={"per_fingerprint": True, "max_tenant_tokens": 50}) as served:
+    tenant = Tenant(token_sha256=("0" * 64,), weight=2.0, max_inflight_tokens=50)
+    async with replica(redis_url, queue={"per_fingerprint": True}) as served:
+        served.intake.follow(TenantTable({"math": tenant}))
         assert served.intake.pool == f"tiny@{'f' * 16}"
         connection = QueueConnection(redis_url)
         await connection.open()
@@ -328,6 +332,11 @@ async def test_limits_and_a_pool_per_fingerprint_are_published_when_asked(redis_
             from opd.queue.pools import promote_pool
 
             await promote_pool(connection, "tiny", served.intake.pool)
+            limits = PoolKeys(served.intake.pool).limits
+            async with asyncio.timeout(10):
+                while not (found := await connection.call(lambda redis: redis.hgetall(limits))):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            assert found == {b"weight:math": b"2.0", b"cap:math": b"50"}
         finally:
             await connection.close()
         async with client_of(redis_url) as client:

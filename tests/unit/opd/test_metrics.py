@@ -6,7 +6,7 @@ from opd.metrics import OTHER_TENANTS, TeacherMetrics, TrainerMetrics, watch_loo
 
 def test_two_replicas_in_one_process_do_not_share_numbers() -> None:
     first, second = TeacherMetrics(), TeacherMetrics()
-    first.count_tokens("math", 12)
+    first.count_usage("math", num_tokens=12, engine_s=0.5)
     assert b'opd_teacher_tokens_total{tenant="math"} 12.0' in first.render()
     assert b"math" not in second.render()
 
@@ -14,11 +14,26 @@ def test_two_replicas_in_one_process_do_not_share_numbers() -> None:
 def test_tenants_are_told_apart_up_to_a_bound() -> None:
     metrics = TeacherMetrics()
     for index in range(150):
-        metrics.count_tokens(f"t{index}", 1)
-    metrics.count_tokens("t3", 1)
+        metrics.count_usage(f"t{index}", num_tokens=1, engine_s=0.1)
+    metrics.count_usage("t3", num_tokens=1, engine_s=0.1)
     text = metrics.render().decode()
     assert text.count("opd_teacher_tokens_total{") == 101
     assert 'tenant="t3"} 2.0' in text and f'tenant="{OTHER_TENANTS}"}} 50.0' in text
+
+
+def test_only_known_tenants_are_told_apart_once_they_are_known() -> None:
+    metrics = TeacherMetrics()
+    metrics.know_tenants(["math", "code"])
+    for tenant, num_tokens in (("math", 10), ("code", 20), ("stranger", 5), ("math", 10), ("other-stranger", 2)):
+        metrics.count_usage(tenant, num_tokens=num_tokens, engine_s=0.25)
+    text = metrics.render().decode()
+    assert 'opd_teacher_tokens_total{tenant="math"} 20.0' in text
+    assert 'opd_teacher_requests_total{tenant="math"} 2.0' in text
+    assert 'opd_teacher_tenant_engine_seconds_total{tenant="math"} 0.5' in text
+    assert f'opd_teacher_tokens_total{{tenant="{OTHER_TENANTS}"}} 7.0' in text and "stranger" not in text
+    metrics.know_tenants(["math"])
+    text = metrics.render().decode()
+    assert "code" not in text.split("opd_teacher_errors")[0] and 'tenant="math"} 20.0' in text
 
 
 def test_a_trainer_shows_the_latest_step_only() -> None:

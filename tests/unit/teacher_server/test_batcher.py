@@ -177,3 +177,23 @@ def test_what_direct_callers_were_dealt_is_told_once() -> None:
     drain(batcher)
     assert batcher.collect_direct_tokens() == {"a": 40, "b": 20}
     assert batcher.collect_direct_tokens() == {}
+
+
+def test_shares_and_caps_change_while_tenants_wait() -> None:
+    batcher = FairBatcher(BatchLimits(max_batch_tokens=60, max_tenant_tokens=12, quantum_tokens=12))
+
+    def enter(tenant: str) -> None:
+        batcher.admit(request(tenant, 12), intake=Intake.DIRECT, alone=False, now_s=0.0, deadline_s=9.0)
+
+    enter("math")
+    with pytest.raises(OverCapacityError, match="tenant math already hold 12 of 12"):
+        enter("math")
+    batcher.set_shares({"math": 3.0}, {"math": 1200, "code": 1200})
+    for _ in range(40):
+        enter("math")
+        enter("code")
+    dealt = [ticket.tenant for _ in range(8) for ticket in batcher.next_batch()]
+    assert dealt.count("math") == 3 * dealt.count("code")
+    batcher.set_shares({}, {})
+    with pytest.raises(OverCapacityError, match="of 12 in-flight"):
+        enter("math")

@@ -13,7 +13,8 @@ from services.teacher_server.batcher import BatchLimits, FairBatcher
 from services.teacher_server.canary import Canary
 from services.teacher_server.config import HttpSettings
 from services.teacher_server.guarded_engine import GuardedEngine
-from services.teacher_server.http_api import STATUS, HttpServer, create_app
+from services.teacher_server.http_api import HttpServer, create_app
+from services.teacher_server.http_gate import STATUS
 from services.teacher_server.readiness import Part, Readiness
 from services.teacher_server.scoring import ScoringSlot, TeacherScoring
 from tests.unit.teacher_server.fake_engine import FakeEngine

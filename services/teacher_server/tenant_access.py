@@ -1,0 +1,104 @@
+"""Redis users rendered from the tenants file, as lines of an ACL file or onto a running Redis.
+
+A tenant's Redis password is its token: Redis and the tenants file keep the same hash, so nothing secret is needed here.
+"""
+
+import asyncio
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from opd.credentials import Credentials
+from opd.errors import ConfigError
+from opd.queue.access import acl_file_line, apply_users, hash_password, pool_rules, read_version, tenant_rules, who_am_i
+from opd.queue.connection import QueueConnection
+from opd.queue.keys import check_pool
+from opd.settings import read_secret, read_secret_file
+from services.teacher_server.tenants import TenantTable, check_name, load_tenants
+
+_DEFAULT_OFF = ["off", "resetkeys", "-@all"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AccessPlan:
+    """Which users Redis is to have."""
+
+    table: TenantTable
+    pools: tuple[str, ...]
+    pool_user: str = ""
+    pool_password_sha256: str = ""
+    close_default: bool = False
+
+    @classmethod
+    def load(
+        cls,
+        file: Path,
+        pools: Sequence[str],
+        *,
+        pool_user: str = "",
+        pool_password_file: Path | None = None,
+        close_default: bool = False,
+    ) -> Self:
+        """Reads file and password; raises ConfigError or InvalidRequestError."""
+        table = load_tenants(file)
+        for pool in pools:
+            check_pool(pool)
+        if bool(pool_user) != (pool_password_file is not None):
+            raise ConfigError("--pool-user: goes with --pool-password-file; give both or neither")
+        sha256 = ""
+        if pool_password_file is not None:
+            if check_name(pool_user) in table.tenants or pool_user == "default":
+                raise ConfigError(f"--pool-user {pool_user}: is a tenant's or Redis's own name; choose another")
+            sha256 = hash_password(pool_user, read_secret_file("--pool-password-file", pool_password_file))
+        return cls(
+            table=table,
+            pools=tuple(pools),
+            pool_user=pool_user,
+            pool_password_sha256=sha256,
+            close_default=close_default,
+        )
+
+    def users(self, version: tuple[int, int]) -> dict[str, list[str]]:
+        """Rules by user, for a server of this version."""
+        users = {
+            name: tenant_rules(name, self.pools, tenant.token_sha256, version=version)
+            for name, tenant in self.table.tenants.items()
+        }
+        if self.pool_user:
+            users[self.pool_user] = pool_rules(self.pools, [self.pool_password_sha256])
+        if self.close_default:
+            users["default"] = _DEFAULT_OFF
+        return users
+
+
+def render_plan(plan: AccessPlan, redis_version: str) -> str:
+    """Lines of an ACL file, with a `default` user only when it is to be closed."""
+    numbers = re.fullmatch(r"(\d+)\.(\d+)(\.\d+)?", redis_version)
+    if numbers is None:
+        raise ConfigError(f"--redis-version {redis_version}: is no version; write 6.2 or 7.0")
+    users = plan.users((int(numbers[1]), int(numbers[2])))
+    return "\n".join(acl_file_line(name, rules) for name, rules in users.items())
+
+
+def apply_plan(plan: AccessPlan, redis_url: str | None) -> str:
+    """Sets the users of a running Redis and says what was done."""
+    url = redis_url or read_secret("OPD_REDIS_URL")
+    if url is None:
+        raise ConfigError("--redis-url: is not given; write redis://host:6379/0 or set OPD_REDIS_URL")
+    return asyncio.run(_apply(plan, url))
+
+
+async def _apply(plan: AccessPlan, url: str) -> str:
+    connection = QueueConnection(url, patience_s=5.0, credentials=Credentials(token=read_secret("OPD_REDIS_PASSWORD")))
+    try:
+        await connection.open()
+        if plan.close_default and await who_am_i(connection) == "default":
+            raise ConfigError("--close-default: would shut out the user that does it; connect as another one")
+        users = plan.users(await read_version(connection))
+        gone, is_saved = await apply_users(connection, users, plan.pools)
+    finally:
+        await connection.close()
+    kept = "saved by Redis" if is_saved else "not in a file of Redis's: run again after its restart, or use an aclfile"
+    return f"{connection.label}: {len(users)} users set, removed: {', '.join(gone) or 'none'}; {kept}"

@@ -1,0 +1,52 @@
+"""Decoders against bytes nobody should send: a value or a typed error, never anything else."""
+
+import random
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opd.errors import OpdError, OverCapacityError
+from opd.queue.frames import error_frame, ok_frame, open_frame
+from opd.types import ScoreReply, Scores
+from opd.wire.messages import decode_info, decode_reply, decode_request, encode_info, encode_reply
+from tests.integration.teacher_server.mutations import mutate, valid_bodies
+from tests.unit.teacher_server.fake_engine import fake_info
+
+FLOATS = np.linspace(-3, 0, 12, dtype=np.float32).reshape(4, 3)
+REPLY = ScoreReply(
+    rollout_id="r.0.0",
+    teacher_fingerprint="00ff",
+    scores=Scores(sampled_logprobs=FLOATS[:, 0], topk_token_ids=np.ones((4, 3), np.int32), topk_logprobs=FLOATS),
+    replica="one",
+)
+DECODERS: dict[str, tuple[Callable[[bytes], Any], list[bytes]]] = {
+    "request": (decode_request, valid_bodies("math")),
+    "reply": (decode_reply, [encode_reply(REPLY)]),
+    "info": (decode_info, [encode_info(fake_info(special_tokens={"eos": 3}))]),
+    "frame": (open_frame, [ok_frame(encode_reply(REPLY)), error_frame(OverCapacityError("full", retry_after_s=2.0))]),
+}
+
+
+def survives(decode: Callable[[bytes], Any], body: bytes) -> None:
+    with suppress(OpdError):
+        decode(body)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_mutated_messages(name: str) -> None:
+    decode, bodies = DECODERS[name]
+    generator = random.Random(5)
+    for _ in range(3000):
+        survives(decode, mutate(generator, bodies))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@given(body=st.binary(max_size=300))
+@settings(deadline=None, max_examples=300)
+def test_any_bytes(name: str, body: bytes) -> None:
+    survives(DECODERS[name][0], body)
