@@ -124,7 +124,12 @@ class Replica:
 
         config = self._config
         set_threads(config.torch_threads)
-        engine: ScoringEngine = load_engine(
+        if config.engine == "vllm":
+            from services.teacher_server.engines.vllm_engine import load_vllm_engine
+
+            engine: ScoringEngine = load_vllm_engine(config, self._observe)
+            return GuardedEngine(engine, Canary(engine))
+        engine = load_engine(
             config.model,
             teacher=config.teacher,
             device=config.device,
