@@ -26,7 +26,7 @@ from services.teacher_server.engines.transformers_model import choose_dtype, loa
 from services.teacher_server.engines.vllm_requests import FixedIds, VllmRun, run_alone
 
 _CPU_KV_CACHE_BYTES = 1 << 30
-_LOAD_FAULTS = (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError, NotImplementedError)
+_LOAD_FAULTS = (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError)
 _PROBE_TOLERANCE = 1e-3
 _VLLM_ENVIRONMENT = {
     # The engine core is called in this process, from the engine thread: nothing is left behind when the process dies.
@@ -71,7 +71,7 @@ def load_vllm(
         capabilities = _find_capabilities(engine, settings)
     except BaseException as error:
         stop_vllm(engine)
-        if isinstance(error, OpdError) or not isinstance(error, _LOAD_FAULTS):
+        if isinstance(error, OpdError) or not isinstance(error, _load_faults()):
             raise
         raise ConfigError(f"model={folder}: vLLM cannot compute it ({_reason(error)})") from None
     return LoadedVllm(
@@ -149,7 +149,7 @@ def _start(
                 use_tqdm_on_load=False,
             )
         )
-    except _LOAD_FAULTS as error:
+    except _load_faults() as error:
         raise ConfigError(f"model={folder}: vLLM cannot load it ({_reason(error)})") from None
 
 
@@ -227,6 +227,12 @@ def _eos_token_ids(folder: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
     declared = tokenizer_eos if declared is None else declared
     found = declared if isinstance(declared, list) else [] if declared is None else [declared]
     return tuple(int(token_id) for token_id in found)
+
+
+def _load_faults() -> tuple[type[Exception], ...]:
+    from vllm.exceptions import VLLMError
+
+    return VLLMError, *_LOAD_FAULTS
 
 
 def _reason(error: Exception) -> str:

@@ -88,10 +88,17 @@ def run_together(engine: Any, runs: Mapping[int, VllmRun]) -> Iterator[tuple[int
 def _add(engine: Any, request_id: str, run: VllmRun, internal_ids: list[str]) -> OpdError | None:
     try:
         internal_ids.append(engine.add_request(request_id, {"prompt_token_ids": run.token_ids.tolist()}, _params(run)))
-    except (ValueError, TypeError) as error:
+    except _refusals() as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:240]
         return InvalidRequestError(f"sequence of {run.token_ids.size} tokens: vLLM refuses it ({reason})")
     return None
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What vLLM raises of a request that it does not take."""
+    from vllm.exceptions import VLLMClientError
+
+    return VLLMClientError, ValueError, TypeError
 
 
 def _params(run: VllmRun) -> Any:
