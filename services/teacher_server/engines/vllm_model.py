@@ -162,22 +162,33 @@ def _cut_vocabulary(folder: Path, engine: Any, num_defined_ids: int, vocab_rows:
         )
     if num_defined_ids == vocab_rows:
         return
-    num_cut = engine.apply_model(functools.partial(_cut_logits, num_defined_ids=num_defined_ids))
-    if not all(num_cut):
+    engine.apply_model(functools.partial(_cut_logits, num_defined_ids=num_defined_ids))
+    config = engine.model_config
+    num_columns = engine.apply_model(
+        functools.partial(_count_columns, hidden_size=config.get_hidden_size(), dtype=config.dtype)
+    )
+    if any(count not in (0, num_defined_ids) for count in num_columns) or not any(num_columns):
         raise ConfigError(
             f"model={folder}: {vocab_rows - num_defined_ids} rows of its output head have no token, and vLLM computes "
             "its logits in a way this engine cannot cut; use engine=transformers"
         )
 
 
-def _cut_logits(model: torch.nn.Module, *, num_defined_ids: int) -> int:
-    """Runs where the weights are; returns how many places were found."""
+def _cut_logits(model: torch.nn.Module, *, num_defined_ids: int) -> None:
+    """Runs where the weights are."""
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
-    found = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
-    for module in found:
-        module.org_vocab_size = num_defined_ids
-    return len(found)
+    for module in model.modules():
+        if isinstance(module, LogitsProcessor):
+            module.org_vocab_size = num_defined_ids
+
+
+def _count_columns(model: Any, *, hidden_size: int, dtype: torch.dtype) -> int:
+    """How many logits a row has; 0 in a worker that is not given them. Runs where the weights are."""
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        logits_1V = model.compute_logits(torch.zeros(1, hidden_size, dtype=dtype, device=device))
+    return 0 if logits_1V is None else int(logits_1V.shape[-1])
 
 
 def _check_normalizer(folder: Path, engine: Any, num_defined_ids: int) -> None:
@@ -186,11 +197,12 @@ def _check_normalizer(folder: Path, engine: Any, num_defined_ids: int) -> None:
     found = run_alone(engine, run)
     logprobs_V = found.ranked_logprobs_RN[0].astype(np.float64)
     total = float(np.exp(logprobs_V).sum())
-    ids = np.unique(found.ranked_ids_RN[0])
-    if np.isfinite(logprobs_V).all() and (abs(total - 1) > _PROBE_TOLERANCE or ids.size != num_defined_ids):
+    is_whole = np.array_equal(np.sort(found.ranked_ids_RN[0]), np.arange(num_defined_ids))
+    if np.isfinite(logprobs_V).all() and (abs(total - 1) > _PROBE_TOLERANCE or not is_whole):
         raise ConfigError(
-            f"model={folder}: vLLM's probabilities of the {num_defined_ids} defined ids sum to {total:.6f} and not "
-            "to 1; use engine=transformers"
+            f"model={folder}: vLLM does not normalise over the {num_defined_ids} defined ids (its most likely "
+            f"{num_defined_ids} sum to {total:.6f}, ids without a token among them: {not is_whole}); use "
+            "engine=transformers"
         )
 
 
