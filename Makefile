@@ -5,7 +5,7 @@ STEPS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test lint format proto clean
+.PHONY: help setup demo test test-vllm lint format proto clean
 
 help:                 ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -21,6 +21,10 @@ demo: $(READY)        ## distil the bundled student from the bundled teacher (SE
 
 test: lint            ## lint, types and every test, with a real Redis and real gRPC
 	$(BIN)/python -m pytest
+
+test-vllm:            ## the engine contract tests on vLLM too, in .venv-vllm (made when it is not there)
+	@scripts/setup_vllm.sh
+	OPD_REQUIRE_VLLM=1 .venv-vllm/bin/python -m pytest tests/contract/engines
 
 lint: $(READY)        ## ruff, strict types on opd/, spelling, generated code and schema
 	$(BIN)/ruff check .
@@ -38,4 +42,4 @@ proto: $(READY)       ## generate opd/wire/pb from proto/
 	scripts/generate_proto.sh
 
 clean:                ## remove what was made here, .venv included
-	rm -rf .venv .buf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .buf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -125,11 +125,32 @@ class QueueSettings(Settings):
     """PEM file of its key."""
 
 
+class VllmSettings(Settings):
+    """What is passed on to vLLM; read where engine is vllm."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that share the weights."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of a GPU's memory for weights, keys and values."""
+    kv_cache_bytes: int = Field(default=0, ge=0)
+    """Of keys and values; 0 is what gpu_memory_utilization leaves, and 1 GiB without a GPU."""
+    quantization: str | None = None
+    """How vLLM quantises the weights while it loads them, such as fp8; weights that are stored quantised need none."""
+    max_num_batched_tokens: int = Field(default=2048, ge=1)
+    """Of a forward pass; a longer sequence is computed in pieces. A pass holds logits for so many rows at most."""
+    enforce_eager: bool = False
+    """Neither compilation nor CUDA graphs: slower passes, ready sooner."""
+    batch_invariant: bool = False
+    """vLLM's batch-invariant kernels (some GPUs only, slower): the replica then takes batch_invariant requests."""
+
+
 class TeacherConfig(Settings):
     """One teacher replica."""
 
     model: str
     """Folder or hub name of a causal language model with safetensors and tokenizer."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What computes; vllm wants the Python of .venv-vllm (scripts/setup_vllm.sh)."""
     teacher: str = "teacher"
     """The pool's name; [a-z0-9-]{1,63}."""
     device: str = "auto"
@@ -160,6 +181,8 @@ class TeacherConfig(Settings):
     and leaves the queue's limits as they are."""
     trust_network: bool = False
     """The listeners' network is private: they may leave loopback without tokens, and with tokens without TLS."""
+    vllm: VllmSettings = VllmSettings()
+    """See VllmSettings."""
     replica: str = ""
     """This replica's name in replies and metrics; unset is host name and process id."""
     canary_interval_s: float = Field(default=60.0, gt=0)

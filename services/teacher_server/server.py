@@ -146,6 +146,10 @@ class Replica:
 
         config = self._config
         set_threads(config.torch_threads)
+        if config.engine == "vllm":
+            from services.teacher_server.engines.vllm_engine import load_vllm_engine
+
+            return load_vllm_engine(config, observe)
         return load_engine(
             config.model,
             teacher=config.teacher,

@@ -70,7 +70,8 @@ def test_the_handler_knows_no_transport_and_the_shells_no_engine() -> None:
     transports = ("grpc", "fastapi", "redis", "opd.queue", "opd.rpc")
     assert offenders([ROOT / teacher / "scoring.py"], *transports) == []
     shells = [ROOT / teacher / name for name in ("grpc_api.py", "http_api.py", "queue_intake.py")]
-    engines = ("services.teacher_server.engines.transformers_engine", "torch", "transformers")
+    folder = "services.teacher_server.engines"
+    engines = (f"{folder}.transformers_engine", f"{folder}.vllm_engine", "torch", "transformers", "vllm")
     assert offenders(shells, *engines) == []
 
 
@@ -88,6 +89,11 @@ def test_generation_stays_in_rollout_engines() -> None:
     assert offenders(files, "vllm") == []
     calls = [path for path in files if ".generate(" in path.read_text(encoding="utf-8")]
     assert calls == []
+
+
+def test_vllm_stays_in_engines() -> None:
+    allowed = ("services/teacher_server/engines/", "services/trainer/rollout/")
+    assert offenders(without(sources(*PACKAGES), *allowed), "vllm") == []
 
 
 def test_objectives_and_diagnostics_are_pure() -> None:

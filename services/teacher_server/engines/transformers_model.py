@@ -96,7 +96,7 @@ def load_model(folder: Path, *, device: str, dtype: str, max_context: int) -> Lo
     transformers_logging.disable_progress_bar()
     torch_device = choose_device(device)
     dtype_name = choose_dtype(dtype, torch_device)
-    vocabulary, tokenizer_eos = _load_vocabulary(folder)
+    vocabulary, tokenizer_eos = load_vocabulary(folder)
     model = _load_weights(folder, DTYPES[dtype_name]).to(torch_device).eval().requires_grad_(False)
     head = build_head(model)
     _check_vocabulary(folder, vocabulary, head)
@@ -237,7 +237,8 @@ def _load_weights(folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def _load_vocabulary(folder: Path) -> tuple[Vocabulary, int | None]:
+def load_vocabulary(folder: Path) -> tuple[Vocabulary, int | None]:
+    """The vocabulary and the tokenizer's EOS; raises ConfigError in one line."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except _LOAD_FAULTS as error:
