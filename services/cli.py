@@ -11,21 +11,17 @@ from typing import Annotated
 import typer
 
 from opd.errors import ConfigError, OpdError
+from services.pool_cli import pool_app
 
 app = typer.Typer(help="On-policy distillation as services.", no_args_is_help=True, add_completion=False)
 teacher_app = typer.Typer(help="The teacher service.", no_args_is_help=True)
-pool_app = typer.Typer(help="A pool of teachers as its queue shows it.", no_args_is_help=True)
-dead_app = typer.Typer(help="Requests that were put aside after several failures.", no_args_is_help=True)
 app.add_typer(teacher_app, name="teacher")
 app.add_typer(pool_app, name="pool")
-pool_app.add_typer(dead_app, name="dead")
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted overrides, e.g. optim.lr=3e-4.", show_default=False)
 ]
-RedisOption = Annotated[str | None, typer.Option(help="redis:// or unix:// URL; default: OPD_REDIS_URL.")]
-TeacherOption = Annotated[str, typer.Option("--teacher", help="The pool's name.")]
 
 
 @app.command()
@@ -61,69 +57,6 @@ def teacher_serve(
     from services.teacher_server.server import run_teacher
 
     raise typer.Exit(run_teacher(config, overrides or [], ready_file))
-
-
-@pool_app.command("serve")
-def pool_serve(overrides: Overrides = None, config: ConfigOption = None) -> None:
-    """Serves the pool's state over HTTP, also while no teacher runs: what an autoscaler reads."""
-    from services.teacher_server.pool import run_pool
-
-    raise typer.Exit(run_pool(config, overrides or []))
-
-
-@pool_app.command("promote")
-def pool_promote(
-    name: Annotated[str, typer.Argument(help="The teacher's name, as trainers ask for it.")],
-    pool: Annotated[str, typer.Argument(help="name@fingerprint of the pool that is to serve it.")],
-    redis_url: RedisOption = None,
-) -> None:
-    """Lets a teacher's name lead to another pool: trainers follow at their next step."""
-    from services.teacher_server.pool import promote
-
-    before = promote(redis_url, name, pool)
-    typer.echo(f"{name} is now served by {pool} (before: {before or name})")
-
-
-@dead_app.command("list")
-def dead_list(teacher: TeacherOption = "teacher", redis_url: RedisOption = None) -> None:
-    """Lists them by tenant, oldest first."""
-    from services.teacher_server.pool import dead_letters
-
-    letters = dead_letters(redis_url, teacher)
-    for letter in letters:
-        typer.echo(
-            f"{letter.tenant} {letter.dead_id} {letter.rollout_id} {letter.num_tokens} tokens, "
-            f"{letter.num_deliveries} deliveries, last to {letter.last_replica}"
-        )
-    typer.echo(f"{len(letters)} dead letters in {teacher}")
-
-
-@dead_app.command("show")
-def dead_show(
-    tenant: Annotated[str, typer.Argument(help="Whose it is.")],
-    dead_id: Annotated[str, typer.Argument(help="As `list` shows it.")],
-    teacher: TeacherOption = "teacher",
-    redis_url: RedisOption = None,
-) -> None:
-    """Shows one with its request."""
-    from services.teacher_server.pool import dead_letter
-
-    letter, request = dead_letter(redis_url, teacher, tenant, dead_id)
-    typer.echo(letter)
-    typer.echo(request)
-
-
-@dead_app.command("requeue")
-def dead_requeue(
-    tenant: Annotated[str, typer.Argument(help="Whose it is.")],
-    dead_id: Annotated[str, typer.Argument(help="As `list` shows it.")],
-    teacher: TeacherOption = "teacher",
-    redis_url: RedisOption = None,
-) -> None:
-    """Puts one back into the queue."""
-    from services.teacher_server.pool import requeue_dead_letter
-
-    typer.echo(f"requeued as entry {requeue_dead_letter(redis_url, teacher, tenant, dead_id)}")
 
 
 @app.command()

@@ -18,10 +18,8 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from opd.client import SyncScoreClient
 from opd.errors import CheckpointError, ConfigError
 from opd.queue.connection import hide_password
-from opd.settings import read_secret
 from services.trainer.checkpoint import Checkpoint, CheckpointStore, TrainerState
 from services.trainer.config import OnScoreFailure, TrainSettings
 from services.trainer.console import RunConsole
@@ -38,8 +36,9 @@ from services.trainer.run_log import RunLog
 from services.trainer.step_metrics import StepMetrics
 from services.trainer.stop import StopSignal
 from services.trainer.student import Student, StudentOptimizer
-from services.trainer.teacher_client import ScoreWants, TeacherClient
-from services.trainer.training_run import TrainingRun, close_within
+from services.trainer.teacher_links import TeacherLink, build_router, connect_teachers
+from services.trainer.teachers import TeacherRouter
+from services.trainer.training_run import TrainingRun
 from services.trainer.weights import SharedWeights
 
 _log = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ class _Parts:
     prompts: PreparedPrompts
     engine: TransformersEngine
     evaluate: Callable[[int], dict[str, float]] | None
-    teacher: TeacherClient
+    teachers: TeacherRouter
 
 
 def assemble(settings: TrainSettings, stop: StopSignal, *, resume: bool) -> TrainingRun:
@@ -80,7 +79,7 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
     store = CheckpointStore(settings.run_dir / CHECKPOINTS, keep_last=settings.checkpoint.keep_last)
     checkpoint = _starting_point(log, store, resume=resume)
     _serve_status(settings, status, opened)
-    client = _connect(settings, opened)
+    links = connect_teachers(settings, opened)
     source = str(checkpoint.folder) if checkpoint else settings.student.model
     loaded = load_model(source, device=settings.student.device)
     prompts = prepare_prompts(settings, loaded.tokenizer)
@@ -88,7 +87,7 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
         _check_continuity(checkpoint, prompts, settings)
     engine = _engine(settings, loaded, score_top_k=settings.objective.score_top_k)
     _check_context(settings, engine.max_context)
-    # The teacher may be long in coming, so it is met last.
+    # Teachers may be long in coming, so they are met last.
     evaluate = _evaluator(settings, loaded, log)
     status.enter("waiting")
     return _Parts(
@@ -103,7 +102,7 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
         prompts=prompts,
         engine=engine,
         evaluate=evaluate,
-        teacher=_meet_teacher(settings, client, loaded, console),
+        teachers=_meet_teachers(settings, links, loaded, console),
     )
 
 
@@ -126,7 +125,7 @@ def _wire(parts: _Parts) -> TrainingRun:
         _loop_settings(settings, num_steps),
         prompts=parts.prompts.schedule,
         engine=parts.engine,
-        teacher=parts.teacher,
+        teachers=parts.teachers,
         student=student,
         loss=DistillLoss(student, build_objective(settings.objective), settings.objective),
         optimizer=optimizer,
@@ -155,9 +154,10 @@ def _wire(parts: _Parts) -> TrainingRun:
 
 
 def _public_config(settings: TrainSettings) -> dict[str, Any]:
-    """What is written beside the run: everything but the password of the queue's URL."""
+    """What is written beside the run: everything but the passwords of the queues' URLs."""
     config = settings.model_dump(mode="json")
-    config["teacher"]["url"] = hide_password(settings.teacher.url)
+    for teacher in (config["teacher"], *config["teachers"].values()):
+        teacher["url"] = teacher["url"] and hide_password(teacher["url"])
     return config
 
 
@@ -192,34 +192,12 @@ def _serve_status(settings: TrainSettings, status: RunStatus, opened: ExitStack)
     _log.info("status on http://%s:%d/v1/run", settings.http.host, server.port)
 
 
-def _connect(settings: TrainSettings, opened: ExitStack) -> SyncScoreClient:
-    teacher = settings.teacher
-    url = teacher.url or read_secret("OPD_REDIS_URL")
-    if not url:
-        raise ConfigError("teacher.url: is empty and OPD_REDIS_URL is not set; set one to redis://HOST:PORT/DB")
-    client = SyncScoreClient.connect(url, teacher=teacher.pool, tenant=teacher.tenant, patience_s=teacher.patience_s)
-    # A queue that is gone must not hold up the end of the run for its whole patience.
-    opened.callback(close_within, client.close, "score client")
-    return client
-
-
-def _meet_teacher(
-    settings: TrainSettings, client: SyncScoreClient, loaded: LoadedModel, console: RunConsole
-) -> TeacherClient:
-    wants = ScoreWants(
-        tenant=settings.teacher.tenant,
-        teacher=settings.teacher.pool,
-        score_top_k=settings.objective.score_top_k,
-        teacher_temperature=settings.objective.teacher_temperature,
-        encoding=settings.teacher.encoding,
-        batch_invariant=settings.deterministic,
-        timeout_ms=round(settings.teacher.timeout_s * 1000),
-        max_context=settings.rollout.max_prompt_tokens + settings.rollout.max_response_tokens,
-    )
-    teacher = TeacherClient(client, wants, vocabulary=loaded.vocabulary, student_name=loaded.name)
-    info = teacher.shake_hands(wait_s=settings.teacher.wait_s, on_wait=console.say)
-    _log.info("teacher %s: %s (%s, %s)", info.teacher, info.model, info.fingerprint, info.engine)
-    return teacher
+def _meet_teachers(
+    settings: TrainSettings, links: dict[str, TeacherLink], loaded: LoadedModel, console: RunConsole
+) -> TeacherRouter:
+    teachers = build_router(settings, links, vocabulary=loaded.vocabulary, student_name=loaded.name)
+    teachers.shake_hands(wait_s=settings.teacher.wait_s, on_wait=console.say)
+    return teachers
 
 
 def _engine(settings: TrainSettings, loaded: LoadedModel, *, score_top_k: int | None) -> TransformersEngine:
