@@ -12,11 +12,13 @@ import typer
 
 from opd.errors import ConfigError, OpdError
 from services.pool_cli import pool_app
+from services.score_cli import score
 
 app = typer.Typer(help="On-policy distillation as services.", no_args_is_help=True, add_completion=False)
 teacher_app = typer.Typer(help="The teacher service.", no_args_is_help=True)
 app.add_typer(teacher_app, name="teacher")
 app.add_typer(pool_app, name="pool")
+app.command()(score)
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file.")]
 Overrides = Annotated[
@@ -100,26 +102,6 @@ def evaluate(
     evaluate_command(
         models, data, sampling=sampling, num_samples=num_samples, template=template, max_problems=max_problems,
         before=before, teacher=teacher, device=device, cache_folder=cache, output=output, console=Console(),
-    )  # fmt: skip
-
-
-@app.command()
-def score(
-    prompt: Annotated[str, typer.Argument(help="What the user says.")],
-    response: Annotated[str, typer.Argument(help="The response to score.")],
-    url: Annotated[str, typer.Option(envvar="OPD_REDIS_URL", help="redis://, unix:// or grpc://host:port.")],
-    tokenizer: Annotated[str, typer.Option(help="Folder or hub name of the teacher's tokenizer.")],
-    teacher: Annotated[str, typer.Option(help="The pool's name.")] = "teacher",
-    tenant: Annotated[str, typer.Option(help="Who asks.")] = "default",
-    top_k: Annotated[int, typer.Option(help="How many of the teacher's choices to show.")] = 4,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
-) -> None:
-    """Asks a pool what it thinks of one response, token by token."""
-    from services.score_command import score_text
-
-    score_text(
-        url=url, teacher=teacher, tenant=tenant, tokenizer=tokenizer, prompt=prompt, response=response,
-        top_k=top_k, as_json=as_json,
     )  # fmt: skip
 
 

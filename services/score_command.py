@@ -21,7 +21,7 @@ def score_text(
     *, url: str, teacher: str, tenant: str, tokenizer: str, prompt: str, response: str, top_k: int, as_json: bool
 ) -> None:
     """Scores one response and prints a table, or one JSON object."""
-    encoder = _load_tokenizer(tokenizer)
+    encoder = load_tokenizer(tokenizer)
     messages = [{"role": "user", "content": prompt}]
     prompt_text = encoder.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     request = ScoreRequest(
@@ -43,7 +43,8 @@ def score_text(
         Console().print(_table(encoder, request, reply, info))
 
 
-def _load_tokenizer(tokenizer: str) -> Any:
+def load_tokenizer(tokenizer: str) -> Any:
+    """`--tokenizer`; `ConfigError` where there is none."""
     from transformers import AutoTokenizer
 
     if Path(tokenizer).is_absolute() and not Path(tokenizer).is_dir():

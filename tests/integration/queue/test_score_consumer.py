@@ -216,10 +216,10 @@ async def test_the_handshake_outlives_its_replica_and_an_alias_leads_to_it(
     await consumer.publish_info(b"handshake")
     assert await read_info(connection, "qwen") == b"handshake"
     with pytest.raises(TeacherUnavailableError):
-        await promote_pool(connection, "best", "qwen@00ff", is_forced=True)
-    assert await promote_pool(connection, "best", "qwen") is None
-    assert await promote_pool(connection, "best", "qwen") == "qwen"
-    assert await resolve_pool(connection, "best") == "qwen"
+        await promote_pool(connection, "qwen", "qwen@00ff", is_forced=True)
+    assert await promote_pool(connection, "qwen", "qwen", is_forced=True) is None
+    assert await promote_pool(connection, "qwen", "qwen", is_forced=True) == "qwen"
+    assert await resolve_pool(connection, "qwen") == "qwen"
     assert await resolve_pool(connection, "other") == "other"
     await connection.close()
 
