@@ -90,13 +90,13 @@ def _skip_finished(
                 raise _changed(settings, first.index, "is not in the output")
             yield from members
             continue
-        _check_same(list(members), store, part, settings, outcome)
-        on_rows(outcome.counts.total())
+        on_rows(_check_same(list(members), store, part, settings, outcome))
 
 
 def _check_same(
     members: list[InputRow], store: PartStore, part: int, settings: ScoreFileSettings, outcome: Outcome
-) -> None:
+) -> int:
+    """Counts a finished part's rows; `ConfigError` names the first that the file no longer has like this."""
     table = store.finished_columns(part, ["row", "content_key", "status", "reason"])
     assert table is not None
     known = table.to_pylist()
@@ -107,6 +107,7 @@ def _check_same(
     if len(members) != len(known):
         raise _changed(settings, members[-1].index, f"ends a part of {len(known)} rows that now has {len(members)}")
     outcome.num_known += len(known)
+    return len(known)
 
 
 def _changed(settings: ScoreFileSettings, index: int, what: str) -> ConfigError:
