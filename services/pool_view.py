@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group, JustifyMethod, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +21,9 @@ from services.teacher_server.pool import PoolWatch, opened_queue
 
 _WINDOW_S = 10.0
 _MAX_IDS_SHOWN = 64
+_PIPE_WIDTH = 240
+_MIN_WIDTHS = {"dead id": 15, "tenant": 8, "fingerprint": 12}
+"""What people copy from a table is not to be cut in a narrow window."""
 
 
 class SpeedGauge:
@@ -45,7 +48,7 @@ def print_status(redis_url: str | None, teachers: Sequence[str], *, as_json: boo
     if as_json:
         _print_json({"teachers": {name: dataclasses.asdict(state) for name, state in states.items()}})
         return
-    Console().print(render(states, {}))
+    _console().print(render(states, {}))
 
 
 def watch_status(redis_url: str | None, teachers: Sequence[str], *, every_s: float) -> None:
@@ -94,21 +97,23 @@ def _headline(name: str, state: PoolStatus, speed: float | None) -> Text:
     text = Text(f"{name}", style="bold")
     if state.pool != name:
         text.append(f" -> {state.pool}", style="not bold")
-    parts = [
-        f"{len(state.replicas)} replicas",
-        f"backlog {state.backlog_tokens:,} tokens in {state.backlog_entries:,}",
-        "- tokens/s" if speed is None else f"{speed:,.0f} tokens/s",
-        f"oldest {_age(state.oldest_age_s)}",
-    ]
+    num_replicas = len(state.replicas)
+    parts = [f"{num_replicas} replica{'' if num_replicas == 1 else 's'}"]
+    parts.append(f"backlog {state.backlog_tokens:,} tokens in {state.backlog_entries:,} requests")
+    if speed is not None:
+        parts.append(f"{speed:,.0f} tokens/s")
+    if state.backlog_entries:
+        parts.append(f"oldest {_age(state.oldest_age_s)}")
     text.append("   " + ", ".join(parts), style="not bold")
     if state.dead_letters:
-        text.append(f", {state.dead_letters} dead letters", style="bold red")
+        text.append(f", {state.dead_letters} dead letter{'' if state.dead_letters == 1 else 's'}", style="bold red")
     return text
 
 
 def _replicas(state: PoolStatus) -> RenderableType:
     if not state.replicas:
-        return Text("  no live replica: requests wait", style="yellow" if state.backlog_entries else "dim")
+        waits = ": requests wait" if state.backlog_entries else ""
+        return Text(f"  no live replica{waits}", style="yellow" if waits else "dim")
     table = _table("replica", "fingerprint", "model", "engine", ">last sign of life")
     for replica in state.replicas:
         table.add_row(
@@ -146,7 +151,7 @@ def print_dead_letters(teacher: str, letters: Sequence[DeadLetter], *, as_json: 
     if as_json:
         _print_json({"teacher": teacher, "dead_letters": [dataclasses.asdict(letter) for letter in letters]})
         return
-    console = Console()
+    console = _console()
     if letters:
         table = _table("tenant", "dead id", "put aside", "rollout", ">tokens", ">deliveries", "last replica")
         for letter in letters:
@@ -160,7 +165,7 @@ def print_dead_letters(teacher: str, letters: Sequence[DeadLetter], *, as_json: 
                 Text(letter.last_replica),
             )
         console.print(table)
-    console.print(f"{len(letters)} dead letters in {teacher}", highlight=False)
+    console.print(f"{len(letters)} dead letter{'' if len(letters) == 1 else 's'} in {teacher}", highlight=False)
 
 
 def print_dead_letter(letter: DeadLetter, request: ScoreRequest, *, as_json: bool) -> None:
@@ -186,15 +191,23 @@ def print_dead_letter(letter: DeadLetter, request: ScoreRequest, *, as_json: boo
     for name, token_ids in ids.items():
         more = f" ... {len(token_ids)} in all" if len(token_ids) > _MAX_IDS_SHOWN else ""
         table.add_row(Text(name, style="dim"), Text(" ".join(map(str, token_ids[:_MAX_IDS_SHOWN])) + more))
-    Console().print(table)
+    _console().print(table)
 
 
 def _table(*columns: str) -> Table:
     """A plain table; a column whose name begins with > holds numbers and stands to the right."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     for column in columns:
-        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+        name = column.removeprefix(">")
+        justify: JustifyMethod = "right" if column.startswith(">") else "left"
+        table.add_column(name, justify=justify, min_width=_MIN_WIDTHS.get(name), overflow="fold")
     return table
+
+
+def _console() -> Console:
+    """As wide as the window; a pipe has none, and whoever reads it wants whole lines."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_PIPE_WIDTH)
 
 
 def _age(seconds: float) -> str:
