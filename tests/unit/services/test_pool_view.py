@@ -18,7 +18,7 @@ def status(**changes: object) -> PoolStatus:
 
 
 def drawn(state: PoolStatus, speed: float | None = None) -> str:
-    console = Console(file=io.StringIO(), width=110)
+    console = Console(file=io.StringIO(), width=140)
     console.print(render({"qwen": state}, {"qwen": speed}))
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
