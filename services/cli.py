@@ -11,23 +11,21 @@ from typing import Annotated
 import typer
 
 from opd.errors import ConfigError, OpdError
+from services.pool_cli import pool_app
+from services.score_cli import score
 from services.tenants_cli import app as tenants_app
 
 app = typer.Typer(help="On-policy distillation as services.", no_args_is_help=True, add_completion=False)
 teacher_app = typer.Typer(help="The teacher service.", no_args_is_help=True)
-pool_app = typer.Typer(help="A pool of teachers as its queue shows it.", no_args_is_help=True)
-dead_app = typer.Typer(help="Requests that were put aside after several failures.", no_args_is_help=True)
 app.add_typer(teacher_app, name="teacher")
 app.add_typer(tenants_app, name="tenants")
 app.add_typer(pool_app, name="pool")
-pool_app.add_typer(dead_app, name="dead")
+app.command()(score)
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted overrides, e.g. optim.lr=3e-4.", show_default=False)
 ]
-RedisOption = Annotated[str | None, typer.Option(help="redis:// or unix:// URL; default: OPD_REDIS_URL.")]
-TeacherOption = Annotated[str, typer.Option("--teacher", help="The pool's name.")]
 
 
 @app.command()
@@ -75,69 +73,6 @@ def teacher_serve(
     raise typer.Exit(run_teacher(config, overrides or [], ready_file))
 
 
-@pool_app.command("serve")
-def pool_serve(overrides: Overrides = None, config: ConfigOption = None) -> None:
-    """Serves the pool's state over HTTP, also while no teacher runs: what an autoscaler reads."""
-    from services.teacher_server.pool import run_pool
-
-    raise typer.Exit(run_pool(config, overrides or []))
-
-
-@pool_app.command("promote")
-def pool_promote(
-    name: Annotated[str, typer.Argument(help="The teacher's name, as trainers ask for it.")],
-    pool: Annotated[str, typer.Argument(help="name@fingerprint of the pool that is to serve it.")],
-    redis_url: RedisOption = None,
-) -> None:
-    """Lets a teacher's name lead to another pool: trainers follow at their next step."""
-    from services.teacher_server.pool import promote
-
-    before = promote(redis_url, name, pool)
-    typer.echo(f"{name} is now served by {pool} (before: {before or name})")
-
-
-@dead_app.command("list")
-def dead_list(teacher: TeacherOption = "teacher", redis_url: RedisOption = None) -> None:
-    """Lists them by tenant, oldest first."""
-    from services.teacher_server.pool import dead_letters
-
-    letters = dead_letters(redis_url, teacher)
-    for letter in letters:
-        typer.echo(
-            f"{letter.tenant} {letter.dead_id} {letter.rollout_id} {letter.num_tokens} tokens, "
-            f"{letter.num_deliveries} deliveries, last to {letter.last_replica}"
-        )
-    typer.echo(f"{len(letters)} dead letters in {teacher}")
-
-
-@dead_app.command("show")
-def dead_show(
-    tenant: Annotated[str, typer.Argument(help="Whose it is.")],
-    dead_id: Annotated[str, typer.Argument(help="As `list` shows it.")],
-    teacher: TeacherOption = "teacher",
-    redis_url: RedisOption = None,
-) -> None:
-    """Shows one with its request."""
-    from services.teacher_server.pool import dead_letter
-
-    letter, request = dead_letter(redis_url, teacher, tenant, dead_id)
-    typer.echo(letter)
-    typer.echo(request)
-
-
-@dead_app.command("requeue")
-def dead_requeue(
-    tenant: Annotated[str, typer.Argument(help="Whose it is.")],
-    dead_id: Annotated[str, typer.Argument(help="As `list` shows it.")],
-    teacher: TeacherOption = "teacher",
-    redis_url: RedisOption = None,
-) -> None:
-    """Puts one back into the queue."""
-    from services.teacher_server.pool import requeue_dead_letter
-
-    typer.echo(f"requeued as entry {requeue_dead_letter(redis_url, teacher, tenant, dead_id)}")
-
-
 @app.command()
 def train(
     overrides: Overrides = None,
@@ -179,35 +114,6 @@ def evaluate(
     evaluate_command(
         models, data, sampling=sampling, num_samples=num_samples, template=template, max_problems=max_problems,
         before=before, teacher=teacher, device=device, cache_folder=cache, output=output, console=Console(),
-    )  # fmt: skip
-
-
-@app.command()
-def score(
-    prompt: Annotated[str, typer.Argument(help="What the user says.")],
-    response: Annotated[str, typer.Argument(help="The response to score.")],
-    url: Annotated[str, typer.Option(envvar="OPD_REDIS_URL", help="redis(s)://, unix:// or grpc(s)://host:port.")],
-    tokenizer: Annotated[str, typer.Option(help="Folder or hub name of the teacher's tokenizer.")],
-    teacher: Annotated[str, typer.Option(help="The pool's name.")] = "teacher",
-    tenant: Annotated[str, typer.Option(help="Who asks.")] = "default",
-    top_k: Annotated[int, typer.Option(help="How many of the teacher's choices to show.")] = 4,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
-    token_file: Annotated[Path | None, typer.Option(help="The tenant's token; default: OPD_TOKEN_FILE.")] = None,
-    ca_file: Annotated[Path | None, typer.Option(help="PEM file: who may sign the server's certificate.")] = None,
-    cert_file: Annotated[Path | None, typer.Option(help="PEM file: our certificate, for mutual TLS.")] = None,
-    key_file: Annotated[Path | None, typer.Option(help="PEM file: its key.")] = None,
-    trust_network: Annotated[bool, typer.Option(help="The way is private: send the token without TLS.")] = False,
-) -> None:
-    """Asks a pool what it thinks of one response, token by token."""
-    from opd.credentials import load_credentials
-    from services.score_command import score_text
-
-    credentials = load_credentials(
-        token_file=token_file, ca_file=ca_file, cert_file=cert_file, key_file=key_file, trust_network=trust_network
-    )
-    score_text(
-        url=url, teacher=teacher, tenant=tenant, tokenizer=tokenizer, prompt=prompt, response=response,
-        top_k=top_k, as_json=as_json, credentials=credentials,
     )  # fmt: skip
 
 

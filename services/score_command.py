@@ -31,7 +31,7 @@ def score_text(
     credentials: Credentials,
 ) -> None:
     """Scores one response and prints a table, or one JSON object."""
-    encoder = _load_tokenizer(tokenizer)
+    encoder = load_tokenizer(tokenizer)
     messages = [{"role": "user", "content": prompt}]
     prompt_text = encoder.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     request = ScoreRequest(
@@ -55,7 +55,8 @@ def score_text(
         Console().print(_table(encoder, request, reply, info))
 
 
-def _load_tokenizer(tokenizer: str) -> Any:
+def load_tokenizer(tokenizer: str) -> Any:
+    """`--tokenizer`; `ConfigError` where there is none."""
     from transformers import AutoTokenizer
 
     if Path(tokenizer).is_absolute() and not Path(tokenizer).is_dir():

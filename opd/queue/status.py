@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+from opd.errors import OpdError
 from opd.queue.connection import QueueConnection
 from opd.queue.keys import GROUP, PoolKeys, check_pool
+from opd.queue.pools import LiveReplica, live_replicas
+from opd.wire.messages import decode_info
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +29,18 @@ class TenantStatus:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaStatus:
+    """One live replica; empty where its announcement cannot be read."""
+
+    replica_id: str
+    age_s: float
+    """Since its last sign of life."""
+    fingerprint: str = ""
+    model: str = ""
+    engine: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PoolStatus:
     """One pool."""
 
@@ -35,9 +50,9 @@ class PoolStatus:
     leased_entries: int
     oldest_age_s: float
     dead_letters: int
-    replicas: tuple[str, ...]
+    replicas: tuple[ReplicaStatus, ...]
     totals: dict[str, int]
-    """Since the pool began: delivered, completed, failed, redelivered, dropped, expired, dead."""
+    """Since the pool began: delivered, completed, completed_tokens, failed, redelivered, dropped, expired, dead."""
     used_memory_bytes: int
     max_memory_bytes: int
     """0: no limit."""
@@ -59,7 +74,7 @@ async def read_status(connection: QueueConnection, pool: str) -> PoolStatus:
         leased_entries=sum(tenant.leased_entries for tenant in tenants),
         oldest_age_s=max((tenant.oldest_age_s for tenant in tenants), default=0.0),
         dead_letters=sum(tenant.dead_letters for tenant in tenants),
-        replicas=await _live_replicas(connection, keys),
+        replicas=await _replicas(connection, pool),
         totals={name.decode(): int(value) for name, value in sorted(totals.items())},
         used_memory_bytes=int(memory["used_memory"]),
         max_memory_bytes=int(memory["maxmemory"]),
@@ -96,13 +111,20 @@ async def _read_tenant(
     )
 
 
-async def _live_replicas(connection: QueueConnection, keys: PoolKeys) -> tuple[str, ...]:
-    """Replicas whose announcement has not expired; the others are struck off the list."""
-    names = sorted(name.decode() for name in await connection.call(lambda redis: redis.smembers(keys.replicas)))
-    if not names:
-        return ()
-    values = await connection.call(lambda redis: redis.mget([keys.replica(name) for name in names]))
-    gone = [name for name, value in zip(names, values, strict=True) if value is None]
-    if gone:
-        await connection.call(lambda redis: redis.srem(keys.replicas, *gone))
-    return tuple(name for name in names if name not in gone)
+async def _replicas(connection: QueueConnection, pool: str) -> tuple[ReplicaStatus, ...]:
+    return tuple([_replica(replica) for replica in await live_replicas(connection, pool)])
+
+
+def _replica(replica: LiveReplica) -> ReplicaStatus:
+    """What cannot be read, as of another version, is shown as unknown rather than hiding that the replica lives."""
+    try:
+        info = decode_info(replica.info)
+    except OpdError:
+        return ReplicaStatus(replica_id=replica.replica_id, age_s=replica.age_s)
+    return ReplicaStatus(
+        replica_id=replica.replica_id,
+        age_s=replica.age_s,
+        fingerprint=info.fingerprint,
+        model=info.model,
+        engine=info.engine,
+    )

@@ -143,11 +143,17 @@ def render_metrics(states: dict[str, PoolStatus]) -> bytes:
     replicas = Gauge("opd_pool_replicas", "Live replicas.", ["teacher"], registry=registry)
     total_tokens = Gauge("opd_pool_total_backlog_tokens", "Of all tenants.", ["teacher"], registry=registry)
     memory = Gauge("opd_pool_redis_memory_bytes", "Memory that Redis uses.", ["teacher"], registry=registry)
+    oldest = Gauge("opd_pool_total_oldest_age_seconds", "Of all tenants.", ["teacher"], registry=registry)
+    tokens = Gauge(
+        "opd_pool_scored_tokens", "Answered since the pool began; its rate is tokens/s.", ["teacher"], registry=registry
+    )
     entries = Gauge("opd_pool_entries", "Since the pool began, by outcome.", ["teacher", "what"], registry=registry)
     for teacher, state in states.items():
         replicas.labels(teacher).set(len(state.replicas))
         total_tokens.labels(teacher).set(state.backlog_tokens)
         memory.labels(teacher).set(state.used_memory_bytes)
+        oldest.labels(teacher).set(state.oldest_age_s)
+        tokens.labels(teacher).set(state.totals.get("completed_tokens", 0))
         for what, count in state.totals.items():
             entries.labels(teacher, what).set(count)
     return generate_latest(registry)
@@ -226,9 +232,9 @@ def requeue_dead_letter(redis_url: str | None, teacher: str, tenant: str, dead_i
     return _with_pool(redis_url, teacher, lambda connection, pool: requeue_dead(connection, pool, tenant, dead_id))
 
 
-def promote(redis_url: str | None, name: str, pool: str) -> str | None:
+def promote(redis_url: str | None, name: str, pool: str, *, is_forced: bool = False) -> str | None:
     """`opd pool promote`: lets the teacher's name lead to `pool` and returns where it led before."""
-    return asyncio.run(_once(redis_url, lambda connection: promote_pool(connection, name, pool)))
+    return asyncio.run(_once(redis_url, lambda connection: promote_pool(connection, name, pool, is_forced=is_forced)))
 
 
 def _with_pool(redis_url: str | None, teacher: str, act: Callable[[QueueConnection, str], Awaitable[_T]]) -> _T:
@@ -239,12 +245,13 @@ def _with_pool(redis_url: str | None, teacher: str, act: Callable[[QueueConnecti
 
 
 async def _once(redis_url: str | None, act: Callable[[QueueConnection], Awaitable[_T]]) -> _T:
-    async with _opened(redis_url) as connection:
+    async with opened_queue(redis_url) as connection:
         return await act(connection)
 
 
 @contextlib.asynccontextmanager
-async def _opened(redis_url: str | None) -> AsyncIterator[QueueConnection]:
+async def opened_queue(redis_url: str | None) -> AsyncIterator[QueueConnection]:
+    """A checked connection for one command."""
     connection = QueueConnection(_redis_url(redis_url), patience_s=5.0, credentials=pool_credentials())
     try:
         await connection.open()

@@ -18,13 +18,10 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from opd.client import SyncScoreClient
-from opd.credentials import load_credentials
 from opd.errors import CheckpointError, ConfigError
 from opd.queue.connection import hide_password
-from opd.settings import read_secret
 from services.trainer.checkpoint import Checkpoint, CheckpointStore, TrainerState
-from services.trainer.config import OnScoreFailure, TrainSettings
+from services.trainer.config import ONLY_TEACHER, OnScoreFailure, TrainSettings
 from services.trainer.console import RunConsole
 from services.trainer.evaluator import Evaluator
 from services.trainer.http_api import RunStatus, StatusServer
@@ -40,9 +37,10 @@ from services.trainer.run_log import RunLog
 from services.trainer.step_metrics import StepMetrics
 from services.trainer.stop import StopSignal
 from services.trainer.student import Student, StudentOptimizer
-from services.trainer.teacher_client import ScoreWants, TeacherClient
 from services.trainer.teacher_head import TeacherHead
-from services.trainer.training_run import TrainingRun, close_within
+from services.trainer.teacher_links import TeacherLink, build_router, connect_teachers
+from services.trainer.teachers import TeacherRouter
+from services.trainer.training_run import TrainingRun
 from services.trainer.weights import SharedWeights
 
 _log = logging.getLogger(__name__)
@@ -64,7 +62,7 @@ class _Parts:
     prompts: PreparedPrompts
     engine: TransformersEngine
     evaluate: Callable[[int], dict[str, float]] | None
-    teacher: TeacherClient
+    teachers: TeacherRouter
     teacher_head: TeacherHead | None
 
 
@@ -84,7 +82,7 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
     store = CheckpointStore(settings.run_dir / CHECKPOINTS, keep_last=settings.checkpoint.keep_last)
     checkpoint = _starting_point(log, store, resume=resume)
     _serve_status(settings, status, opened)
-    client = _connect(settings, opened)
+    links = connect_teachers(settings, opened)
     source = str(checkpoint.folder) if checkpoint else settings.student.model
     loaded = load_model(source, device=settings.student.device)
     prompts = prepare_prompts(settings, loaded.tokenizer)
@@ -92,10 +90,10 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
         _check_continuity(checkpoint, prompts, settings)
     engine = _engine(settings, loaded, score_top_k=settings.objective.score_top_k)
     _check_context(settings, engine.max_context)
-    # The teacher may be long in coming, so it is met last.
+    # Teachers may be long in coming, so they are met last.
     evaluate = _evaluator(settings, loaded, log)
     status.enter("waiting")
-    teacher = _meet_teacher(settings, client, loaded, console)
+    teachers = _meet_teachers(settings, links, loaded, console)
     return _Parts(
         settings=settings,
         stop=stop,
@@ -108,8 +106,8 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
         prompts=prompts,
         engine=engine,
         evaluate=evaluate,
-        teacher=teacher,
-        teacher_head=_teacher_head(settings, client, teacher, loaded),
+        teachers=teachers,
+        teacher_head=_teacher_head(settings, links, teachers, loaded),
     )
 
 
@@ -132,7 +130,7 @@ def _wire(parts: _Parts) -> TrainingRun:
         _loop_settings(settings, num_steps),
         prompts=parts.prompts.schedule,
         engine=parts.engine,
-        teacher=parts.teacher,
+        teachers=parts.teachers,
         student=student,
         loss=DistillLoss(student, build_objective(settings.objective), settings.objective, parts.teacher_head),
         optimizer=optimizer,
@@ -161,9 +159,10 @@ def _wire(parts: _Parts) -> TrainingRun:
 
 
 def _public_config(settings: TrainSettings) -> dict[str, Any]:
-    """What is written beside the run: everything but the password of the queue's URL."""
+    """What is written beside the run: everything but the passwords of the queues' URLs."""
     config = settings.model_dump(mode="json")
-    config["teacher"]["url"] = hide_password(settings.teacher.url)
+    for teacher in (config["teacher"], *config["teachers"].values()):
+        teacher["url"] = teacher["url"] and hide_password(teacher["url"])
     return config
 
 
@@ -198,54 +197,23 @@ def _serve_status(settings: TrainSettings, status: RunStatus, opened: ExitStack)
     _log.info("status on http://%s:%d/v1/run", settings.http.host, server.port)
 
 
-def _connect(settings: TrainSettings, opened: ExitStack) -> SyncScoreClient:
-    teacher = settings.teacher
-    url = teacher.url or read_secret("OPD_REDIS_URL")
-    if not url:
-        raise ConfigError("teacher.url: is empty and OPD_REDIS_URL is not set; set one to redis://HOST:PORT/DB")
-    credentials = load_credentials(
-        token_file=teacher.token_file,
-        ca_file=teacher.ca_file,
-        cert_file=teacher.cert_file,
-        key_file=teacher.key_file,
-        trust_network=teacher.trust_network,
-    )
-    client = SyncScoreClient.connect(
-        url, teacher=teacher.pool, tenant=teacher.tenant, patience_s=teacher.patience_s, credentials=credentials
-    )
-    # A queue that is gone must not hold up the end of the run for its whole patience.
-    opened.callback(close_within, client.close, "score client")
-    return client
-
-
-def _meet_teacher(
-    settings: TrainSettings, client: SyncScoreClient, loaded: LoadedModel, console: RunConsole
-) -> TeacherClient:
-    wants = ScoreWants(
-        tenant=settings.teacher.tenant,
-        teacher=settings.teacher.pool,
-        score_top_k=settings.objective.score_top_k,
-        teacher_temperature=settings.objective.teacher_temperature,
-        encoding=settings.teacher.encoding,
-        batch_invariant=settings.deterministic,
-        wants_hidden_states=settings.objective.kind is ObjectiveKind.FULL_VOCABULARY,
-        timeout_ms=round(settings.teacher.timeout_s * 1000),
-        max_context=settings.rollout.max_prompt_tokens + settings.rollout.max_response_tokens,
-    )
-    teacher = TeacherClient(client, wants, vocabulary=loaded.vocabulary, student_name=loaded.name)
-    info = teacher.shake_hands(wait_s=settings.teacher.wait_s, on_wait=console.say)
-    _log.info("teacher %s: %s (%s, %s)", info.teacher, info.model, info.fingerprint, info.engine)
-    return teacher
+def _meet_teachers(
+    settings: TrainSettings, links: dict[str, TeacherLink], loaded: LoadedModel, console: RunConsole
+) -> TeacherRouter:
+    teachers = build_router(settings, links, vocabulary=loaded.vocabulary, student_name=loaded.name)
+    teachers.shake_hands(wait_s=settings.teacher.wait_s, on_wait=console.say)
+    return teachers
 
 
 def _teacher_head(
-    settings: TrainSettings, client: SyncScoreClient, teacher: TeacherClient, loaded: LoadedModel
+    settings: TrainSettings, links: dict[str, TeacherLink], teachers: TeacherRouter, loaded: LoadedModel
 ) -> TeacherHead | None:
     """Fetched before anything is sampled: whoever has no right to it is told at once."""
     if settings.objective.kind is not ObjectiveKind.FULL_VOCABULARY:
         return None
     device = next(loaded.model.parameters()).device
-    head = TeacherHead(client, lambda: teacher.info, folder=settings.teacher.head_cache, device=device)
+    client = links[ONLY_TEACHER].client
+    head = TeacherHead(client, lambda: teachers.info(ONLY_TEACHER), folder=settings.teacher.head_cache, device=device)
     head()
     return head
 

@@ -95,6 +95,33 @@ class TeacherSettings(Settings):
     """What a rollout that cannot be scored does to the run: `abort` or `drop`."""
 
 
+ONLY_TEACHER = ""
+"""The name of a run's teacher where it has one, which is what a prompt that names none says."""
+
+
+class NamedTeacherSettings(Settings):
+    """One of several teachers, as `[teachers.NAME]`; what is not given is as in `[teacher]`."""
+
+    pool: Name | None = None
+    """The pool's name; unset is NAME itself."""
+    tenant: Name | None = None
+    """Who asks."""
+    url: str | None = None
+    """As `teacher.url`."""
+    token_file: Path | None = None
+    """As `teacher.token_file`."""
+    ca_file: Path | None = None
+    """As `teacher.ca_file`."""
+    cert_file: Path | None = None
+    """As `teacher.cert_file`."""
+    key_file: Path | None = None
+    """As `teacher.key_file`."""
+    encoding: Encoding | None = None
+    """How log-probs travel."""
+    timeout_s: PositiveFloat | None = None
+    """Of one request."""
+
+
 class RolloutSettings(Settings):
     """What is sampled from the student at each step."""
 
@@ -169,6 +196,8 @@ class DataSettings(Settings):
     """Parquet or JSON-lines files in the form of the paper's sets, or names of Hugging Face data sets."""
     split: str = "train"
     """Of a Hugging Face data set; files have none."""
+    teacher_column: str | None = None
+    """The column that names each row's teacher, one of `teachers`; unset has all rows scored by `teacher`."""
     source_weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
     """Shares of the rows' `data_source`s in the prompts of a step; unset means by their number."""
     template: str | None = None
@@ -217,6 +246,8 @@ class TrainSettings(Settings):
 
     student: StudentSettings
     teacher: TeacherSettings = Field(default_factory=TeacherSettings)
+    teachers: dict[Name, NamedTeacherSettings] = Field(default_factory=dict)
+    """Several teachers by the names that `data.teacher_column` holds; empty has `teacher` alone."""
     data: DataSettings = Field(default_factory=DataSettings)
     rollout: RolloutSettings = Field(default_factory=RolloutSettings)
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
@@ -238,6 +269,7 @@ class TrainSettings(Settings):
     def _check_across(self) -> Self:
         if not self.data.files:
             raise ValueError("data.files=[]: is empty; give the files that hold the prompts")
+        self._check_teachers()
         if self.steps is not None and self.optim.warmup_steps > self.steps:
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps} is above steps={self.steps}, so the learning rate would "
@@ -254,3 +286,28 @@ class TrainSettings(Settings):
                 f"evaluation.every_steps={self.evaluation.every_steps} has nothing to evaluate on; set evaluation.files"
             )
         return self
+
+    def teachers_by_name(self) -> dict[str, TeacherSettings]:
+        """Every teacher of the run with its settings; a single one has the empty name."""
+        if not self.teachers:
+            return {ONLY_TEACHER: self.teacher}
+        return {
+            name: self.teacher.model_copy(update={"pool": name} | named.model_dump(exclude_none=True))
+            for name, named in self.teachers.items()
+        }
+
+    def _check_teachers(self) -> None:
+        if self.teachers and self.objective.kind is ObjectiveKind.FULL_VOCABULARY:
+            raise ValueError(
+                f"objective.kind=full_vocabulary with teachers={', '.join(self.teachers)}: the whole vocabulary needs "
+                "the output head of the one teacher; leave [teachers] out or choose another kind"
+            )
+        if self.data.teacher_column is not None and not self.teachers:
+            raise ValueError(
+                f"data.teacher_column={self.data.teacher_column}: there are no teachers to name; give a table "
+                "[teachers.NAME] for each, or leave it out"
+            )
+        if self.teachers and self.data.teacher_column is None:
+            raise ValueError(
+                f"teachers={', '.join(self.teachers)}: no column says which rows are whose; set data.teacher_column"
+            )

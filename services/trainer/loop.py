@@ -27,7 +27,7 @@ from services.trainer.objectives.aggregation import denominator
 from services.trainer.objectives.config import Aggregation
 from services.trainer.rollout.base import RolloutEngine, RolloutRequest, SamplingParams, derive_seed
 from services.trainer.student import Student, StudentOptimizer
-from services.trainer.teacher_client import TeacherClient
+from services.trainer.teachers import TeacherRouter
 from services.trainer.weights import WeightPublisher
 
 _log = logging.getLogger(__name__)
@@ -40,6 +40,11 @@ class StepPrompt(Protocol):
     def prompt_token_ids(self) -> Ids: ...
     @property
     def teacher_prompt_token_ids(self) -> Ids: ...
+    @property
+    def teacher(self) -> str:
+        """Whose scores it trains on; empty where the run has a single teacher."""
+        ...
+
     @property
     def template(self) -> str:
         """In whose form the answer is to be written; empty where that is not known."""
@@ -93,6 +98,8 @@ class StepRecord:
     """Completed steps, this one included."""
     prompts: Sequence[StepPrompt]
     scored: Sequence[ScoredRollout]
+    fingerprints: dict[str, str]
+    """The pinned fingerprint by teacher; every score of the step is of these."""
     counts: Counts
     losses: dict[str, Mean]
     grad_norm: float
@@ -109,7 +116,7 @@ class TrainingLoop:
         *,
         prompts: PromptSource,
         engine: RolloutEngine,
-        teacher: TeacherClient,
+        teachers: TeacherRouter,
         student: Student,
         loss: DistillLoss,
         optimizer: StudentOptimizer,
@@ -122,7 +129,7 @@ class TrainingLoop:
         self._settings = settings
         self._prompts = prompts
         self._engine = engine
-        self._teacher = teacher
+        self._teachers = teachers
         self._student = student
         self._loss = loss
         self._optimizer = optimizer
@@ -141,10 +148,10 @@ class TrainingLoop:
         try:
             with self._interruptible():
                 prompts = self._prompts.step_prompts(self.step)
-                self._teacher.pin()
+                fingerprints = self._teachers.pin()
                 rollouts, replies = self._sample(prompts)
                 clock.lap("rollout")
-                scored = self._collect(rollouts, replies)
+                scored = self._collect(prompts, rollouts, replies)
                 clock.lap("score_wait")
             losses = self._accumulate_gradient(scored)
             clock.lap("forward_backward")
@@ -160,6 +167,7 @@ class TrainingLoop:
             step=self.step,
             prompts=prompts,
             scored=scored,
+            fingerprints=fingerprints,
             counts=Counts(sent=len(rollouts), scored=len(scored), lost=len(rollouts) - len(scored)),
             losses=losses,
             grad_norm=grad_norm,
@@ -172,7 +180,7 @@ class TrainingLoop:
         replies: dict[str, Future[ScoreReply]] = {}
 
         def send(rollout: Rollout) -> None:
-            replies[rollout.rollout_id] = self._teacher.send(rollout, prompts[rollout.group].teacher_prompt_token_ids)
+            replies[rollout.rollout_id] = self._teachers.send(rollout, prompts[rollout.group])
             self.counts += Counts(sent=1)
 
         rollouts = self._engine.sample(self._requests(prompts), self._settings.sampling, on_finish=send)
@@ -196,7 +204,9 @@ class TrainingLoop:
             for index in range(len(prompts) * per_prompt)
         ]
 
-    def _collect(self, rollouts: Sequence[Rollout], replies: dict[str, Future[ScoreReply]]) -> list[ScoredRollout]:
+    def _collect(
+        self, prompts: Sequence[StepPrompt], rollouts: Sequence[Rollout], replies: dict[str, Future[ScoreReply]]
+    ) -> list[ScoredRollout]:
         """Waits for every reply. What could not be scored ends the step, or is counted and left out."""
         if self._settings.drops_unscored:
             wait(replies.values())
@@ -206,7 +216,8 @@ class TrainingLoop:
         scored: list[ScoredRollout] = []
         for rollout in rollouts:
             try:
-                scores = self._teacher.accept(rollout, replies[rollout.rollout_id].result())
+                reply = replies[rollout.rollout_id].result()
+                scores = self._teachers.accept(rollout, prompts[rollout.group], reply)
             except OpdError as error:
                 self._drop(rollout, error)
             else:

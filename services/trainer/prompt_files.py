@@ -7,7 +7,14 @@ from typing import Any
 
 from services.trainer.config import DataSettings, TrainSettings
 from services.trainer.models import load_tokenizer
-from services.trainer.prompts import PromptSchedule, PromptView, TokenizedPrompt, load_problems, tokenize_problems
+from services.trainer.prompts import (
+    PromptSchedule,
+    PromptView,
+    TeacherColumn,
+    TokenizedPrompt,
+    load_problems,
+    tokenize_problems,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,13 +23,18 @@ class PreparedPrompts:
 
     schedule: PromptSchedule
     digest: str
-    """Hash over every prompt's token ids in order: the schedule's position means nothing for other prompts."""
+    """Hash over every prompt's ids and teacher in order: the schedule's position means nothing for other prompts."""
 
 
 def prepare_prompts(settings: TrainSettings, tokenizer: Any) -> PreparedPrompts:
     """Reads, renders and tokenizes all files; `ConfigError` names file, row and column."""
     data, rollout = settings.data, settings.rollout
-    problems = [problem for file in data.files for problem in load_problems(file, split=data.split)]
+    column = data.teacher_column and TeacherColumn(name=data.teacher_column, teachers=tuple(settings.teachers))
+    problems = [
+        problem
+        for file in data.files
+        for problem in load_problems(file, split=data.split, teacher_column=column or None)
+    ]
     prompts = tokenize_problems(
         problems,
         PromptView(tokenizer=tokenizer, template=data.template, chat_template_kwargs=data.chat_template_kwargs),
@@ -58,4 +70,5 @@ def _digest(prompts: Sequence[TokenizedPrompt]) -> str:
         for token_ids in (prompt.prompt_token_ids, prompt.teacher_prompt_token_ids):
             digest.update(token_ids.size.to_bytes(4, "little"))
             digest.update(token_ids.tobytes())
+        digest.update(prompt.teacher.encode() + b"\0")
     return digest.hexdigest()[:32]

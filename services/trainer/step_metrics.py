@@ -5,6 +5,7 @@ objectives can be compared; `loss/objective` is what was differentiated. All but
 sampled.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from services.trainer.batch import ScoredRollout
@@ -25,12 +26,13 @@ class StepMetrics:
         """Every metric of the step, means over positions or over rollouts."""
         diagnostics = StepDiagnostics(weight=self._weight)
         for item in record.scored:
+            prompt = record.prompts[item.rollout.group]
             diagnostics.add_rollout(
-                item.rollout, item.scores, is_correct=self._grade(item, record.prompts[item.rollout.group])
+                item.rollout, item.scores, is_correct=self._grade(item, prompt), teacher=prompt.teacher
             )
         diagnostics.add_means(record.losses)
         summary = diagnostics.summary()
-        values = summary.values | _step_values(record)
+        values = summary.values | _step_values(record) | _teacher_counts(record)
         return StepSummary(values=values, by_position=summary.by_position)
 
     def _grade(self, item: ScoredRollout, prompt: StepPrompt) -> bool | None:
@@ -52,4 +54,18 @@ def _step_values(record: StepRecord) -> dict[str, float]:
         "rollout/response_tokens": float(num_tokens),
         "timing/tokens_per_second": num_tokens / record.timings_s["step"],
         "timing/rollout_tokens_per_second": num_tokens / record.timings_s["rollout"],
+    }
+
+
+def _teacher_counts(record: StepRecord) -> dict[str, float]:
+    """Rollouts and tokens by teacher, where there are several; a teacher without a prompt in the step has zeros."""
+    rollouts: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    for item in record.scored:
+        teacher = record.prompts[item.rollout.group].teacher
+        rollouts[teacher] += 1
+        tokens[teacher] += item.num_response_tokens
+    names = [name for name in record.fingerprints if name]
+    return {f"queue/rollouts_scored/teacher/{name}": float(rollouts[name]) for name in names} | {
+        f"rollout/response_tokens/teacher/{name}": float(tokens[name]) for name in names
     }

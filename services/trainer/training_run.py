@@ -57,6 +57,7 @@ class TrainingRun:
         self._first_step = loop.step
         self._saved_step = loop.step
         self._begun = time.monotonic()
+        self._fingerprints: dict[str, str] = {}
         self._evaluations: list[dict[str, float]] = []
 
     def train(self) -> None:
@@ -95,6 +96,9 @@ class TrainingRun:
             self._evaluate()
 
     def _after_step(self, record: StepRecord) -> None:
+        if record.fingerprints != self._fingerprints:
+            self._fingerprints = record.fingerprints
+            self._log.write_event("teachers", step=record.step, fingerprints=record.fingerprints)
         summary = self._metrics.summarize(record)
         self._log.write_step(record.step, summary.values, summary.arrays)
         self._status.finish_step(record.step, summary.values)

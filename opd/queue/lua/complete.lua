@@ -28,4 +28,7 @@ if not is_wanted then
 end
 publish(tenant, fields, status, frame, reply_ttl_ms)
 count(status == 'ok' and 'completed' or 'failed', 1)
+if status == 'ok' then
+  count('completed_tokens', tonumber(fields.t))
+end
 return 'done'

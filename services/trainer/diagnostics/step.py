@@ -35,6 +35,9 @@ BY_POSITION = (
 )
 """Also reported per bucket of positions, under `<key>/by_position` (Figs 13, 23)."""
 
+BY_TEACHER = ("loss/reverse_kl", "distill/overlap_ratio")
+"""Also reported per teacher where a run has several, under `<key>/teacher/<name>`."""
+
 POSITION_EDGES_KEY = "distill/position_edges"
 
 
@@ -76,14 +79,16 @@ class StepDiagnostics:
         is_correct: bool | None = None,
         scored_rows: Mask | None = None,
         wants_positions: bool = True,
+        teacher: str = "",
     ) -> None:
         """Adds a rollout's own numbers and, unless `wants_positions` is False, those of its positions.
 
-        `is_correct` is None where no answer is known. Raises `NonFiniteError` for a score that is partly missing.
+        `is_correct` is None where no answer is known; a named `teacher` has its own means beside all. Raises
+        `NonFiniteError` for a score that is partly missing.
         """
         scored = positions_of(rollout, scores, scored_rows)
         if wants_positions:
-            self.add_positions(scored)
+            self.add_positions(scored, teacher=teacher)
         self._add("rollout/response_length", float(rollout.response_token_ids.size))
         self._add("rollout/truncated_fraction", float(rollout.finish_reason is FinishReason.LENGTH))
         student_T, teacher_T = scored.student_sampled_logprobs_T, scored.teacher_sampled_logprobs_T
@@ -95,10 +100,12 @@ class StepDiagnostics:
             if not math.isnan(reward):
                 self._judged.append((reward, is_correct))
 
-    def add_positions(self, scores: PositionScores) -> None:
-        """Adds packed positions of any rollouts."""
+    def add_positions(self, scores: PositionScores, *, teacher: str = "") -> None:
+        """Adds packed positions of any rollouts that have the teacher in common."""
         for name, values_T in position_metrics(scores, self._weight).items():
             self._add_position_metric(name, values_T, scores.positions_T)
+            if teacher and name in BY_TEACHER:
+                self._means[f"{name}/teacher/{teacher}"].append(mean_of(values_T[~np.isnan(values_T)]))
 
     def add_means(self, means: Mapping[str, Mean]) -> None:
         """Adds sums with their counts, such as the metrics of a `LossOutput`."""

@@ -1,6 +1,6 @@
 """Prompts: from files and data sets to token ids, and from a seed to the prompts of every step."""
 
-from services.trainer.prompts.problems import PromptProblem, load_problems, retemplate
+from services.trainer.prompts.problems import PromptProblem, TeacherColumn, load_problems, retemplate
 from services.trainer.prompts.schedule import PromptSchedule
 from services.trainer.prompts.views import Overlong, PromptView, TokenizedPrompt, tokenize_problems
 
@@ -9,6 +9,7 @@ __all__ = [
     "PromptProblem",
     "PromptSchedule",
     "PromptView",
+    "TeacherColumn",
     "TokenizedPrompt",
     "load_problems",
     "retemplate",

@@ -7,7 +7,7 @@ is a `ConfigError` that names file, row and column.
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,15 +40,29 @@ class PromptProblem:
     """`data_source`, or the file's name where the row has none."""
     level: str
     """`extra_info.level`; empty where the row has none."""
+    teacher: str = ""
+    """Name of the teacher that scores it; empty where the run has a single one."""
 
 
-def load_problems(data: str, *, template: str | None = None, split: str = "train") -> list[PromptProblem]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherColumn:
+    """Where a row says who teaches it. Example: ``TeacherColumn(name="teacher", teachers=("math", "code"))``."""
+
+    name: str
+    teachers: Collection[str]
+    """The names that may stand there."""
+
+
+def load_problems(
+    data: str, *, template: str | None = None, split: str = "train", teacher_column: TeacherColumn | None = None
+) -> list[PromptProblem]:
     """Reads a .parquet or .jsonl file, or a split of a Hugging Face data set by name.
 
     `template` asks every question in that template instead of its own; a prompt in no known template is then taken
-    for a bare question. Raises `ConfigError` naming file, row and column.
+    for a bare question. With `teacher_column` every row has to name one of its teachers. Raises `ConfigError` naming
+    file, row and column.
     """
-    problems = [_problem(row, index, data) for index, row in enumerate(_rows(data, split))]
+    problems = [_problem(row, index, data, teacher_column) for index, row in enumerate(_rows(data, split))]
     if not problems:
         raise ConfigError(f"data {data}: it has no rows; give a prompt set with at least one")
     if template is None:
@@ -112,7 +126,7 @@ def _dataset_rows(name: str, split: str) -> Iterator[Mapping[str, Any]]:
     yield from loaded
 
 
-def _problem(row: Mapping[str, Any], index: int, data: str) -> PromptProblem:
+def _problem(row: Mapping[str, Any], index: int, data: str, teacher_column: TeacherColumn | None) -> PromptProblem:
     if not isinstance(row, Mapping):
         raise ConfigError(f"data {data}: row {index} is not an object; give prompt, reward_model and data_source")
     messages = _messages(row.get("prompt"), index, data)
@@ -129,7 +143,19 @@ def _problem(row: Mapping[str, Any], index: int, data: str) -> PromptProblem:
         answer=_answer(row, index, data),
         source=str(row.get("data_source") or Path(data).stem),
         level="" if level is None else str(level),
+        teacher="" if teacher_column is None else _teacher(row, index, data, teacher_column),
     )
+
+
+def _teacher(row: Mapping[str, Any], index: int, data: str, column: TeacherColumn) -> str:
+    name = row.get(column.name)
+    if not isinstance(name, str) or name not in column.teachers:
+        found = "missing" if name is None else f"{name!r:.40}"
+        raise ConfigError(
+            f"data {data}: row {index}: column {column.name} is {found}; give one of the configured teachers: "
+            f"{', '.join(sorted(column.teachers))}"
+        )
+    return name
 
 
 def _messages(prompt: Any, index: int, data: str) -> tuple[Mapping[str, str], ...]:

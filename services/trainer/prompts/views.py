@@ -74,6 +74,10 @@ class TokenizedPrompt:
     def answer(self) -> str | None:
         return self.problem.answer
 
+    @property
+    def teacher(self) -> str:
+        return self.problem.teacher
+
 
 def tokenize_problems(
     problems: Sequence[PromptProblem],

@@ -14,7 +14,7 @@ async def test_completing_leaves_the_reply_and_its_announcement_only(bench: Any)
     assert bench.announced() == [("r.0.0", "ok")]
     assert 0 < bench.redis.pttl(bench.keys.reply("math", "00000000000000aa", "r.0.0")) <= 60_000
     assert 0 < bench.redis.pttl(bench.keys.replies("math", "00000000000000aa")) <= 60_000
-    assert bench.totals() == {"delivered": 1, "completed": 1}
+    assert bench.totals() == {"delivered": 1, "completed": 1, "completed_tokens": 100}
     assert await bench.take() == []
     assert bench.names() == kept | {"ring", "counters"}
 

@@ -8,7 +8,7 @@ import httpx
 import numpy as np
 import pytest
 
-from opd.errors import ConfigError, DeadLetterError, InvalidRequestError
+from opd.errors import ConfigError, DeadLetterError, InvalidRequestError, TeacherUnavailableError
 from opd.lifecycle import Shutdown
 from opd.queue.score_client import QueueScoreClient
 from opd.queue.score_consumer import LeaseRules, ScoreConsumer
@@ -92,7 +92,8 @@ async def test_it_shows_what_an_autoscaler_wants_to_know(redis_url: str, service
     asking = asyncio.create_task(client.score(rollout_id="r.0.0", num_tokens=70, timeout_ms=9000, body=b"b"))
     (delivery,) = await consumer.take(token_budget=100, wait_s=5.0)
     state = (await service.get("/v1/pool")).json()["teachers"]["qwen"]
-    assert (state["backlog_tokens"], state["leased_entries"], state["replicas"]) == (70, 1, ["one"])
+    assert (state["backlog_tokens"], state["leased_entries"]) == (70, 1)
+    assert [replica["replica_id"] for replica in state["replicas"]] == ["one"]
     assert state["tenants"][0]["tenant"] == "math"
     text = (await service.get("/metrics")).text
     assert 'opd_pool_backlog_tokens{teacher="qwen",tenant="math"} 70.0' in text
@@ -148,10 +149,19 @@ async def test_a_dead_letter_that_is_not_there_is_named(redis_url: str, act: Any
 
 async def test_promoting_moves_the_name(redis_url: str) -> None:
     consumer = await ScoreConsumer.connect(redis_url, pool="qwen@00ff", name="one")
+    with pytest.raises(TeacherUnavailableError, match=r"teacher=qwen@00ff: no replica ever announced itself"):
+        await asyncio.to_thread(promote, redis_url, "qwen", "qwen@00ff", is_forced=True)
     await consumer.publish_info(b"handshake")
+    with pytest.raises(TeacherUnavailableError, match=r"^pool=qwen@00ff: has no live replica.*--force"):
+        await asyncio.to_thread(promote, redis_url, "qwen", "qwen@00ff")
+    assert await asyncio.to_thread(promote, redis_url, "qwen", "qwen@00ff", is_forced=True) is None
+    await consumer.announce(b"handshake")
+    assert await asyncio.to_thread(promote, redis_url, "qwen", "qwen@00ff") == "qwen@00ff"
     await consumer.close()
-    assert await asyncio.to_thread(promote, redis_url, "best", "qwen@00ff") is None
-    assert await asyncio.to_thread(promote, redis_url, "best", "qwen@00ff") == "qwen@00ff"
+    with pytest.raises(InvalidRequestError, match=r"^name=qwen@00ff: is a pool, not a teacher's name"):
+        await asyncio.to_thread(promote, redis_url, "qwen@00ff", "qwen@00ff")
+    with pytest.raises(InvalidRequestError, match=r"^pool=qwen@00ff: is of another teacher than best"):
+        await asyncio.to_thread(promote, redis_url, "best", "qwen@00ff")
 
 
 def test_configuration_faults_are_named() -> None:

@@ -157,12 +157,12 @@ async def test_a_moved_alias_is_followed_between_steps(redis_url: str) -> None:
     connection, stop = QueueConnection(redis_url), asyncio.Event()
     for fingerprint in ("00aa", "00bb"):
         await publish_info(connection, f"qwen@{fingerprint}", encode_info(replace(INFO, fingerprint=fingerprint)))
-    await promote_pool(connection, "qwen", "qwen@00aa")
+    await promote_pool(connection, "qwen", "qwen@00aa", is_forced=True)
     async with ScoreClient.connect(redis_url, teacher="qwen", tenant="math") as client:
         assert (await client.info()).fingerprint == "00aa"
         asking = asyncio.create_task(client.score(make_request(1)))
         await asyncio.sleep(0.05)
-        await promote_pool(connection, "qwen", "qwen@00bb")
+        await promote_pool(connection, "qwen", "qwen@00bb", is_forced=True)
         # While a request is open the step keeps its teacher.
         assert (await client.info()).fingerprint == "00aa"
         old = asyncio.create_task(serve_queue(redis_url, stop, pool="qwen@00aa"))

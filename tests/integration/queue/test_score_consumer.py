@@ -189,7 +189,7 @@ async def test_the_status_tells_of_backlog_leases_and_replicas(
     assert (status.backlog_tokens, status.backlog_entries, status.leased_entries) == (30, 3, 1)
     assert (tenant.tenant, tenant.weight, tenant.cap_tokens, tenant.dead_letters) == ("math", 2.0, 5000, 0)
     assert 0.0 <= status.oldest_age_s < 5.0
-    assert status.replicas == ("one",)
+    assert [replica.replica_id for replica in status.replicas] == ["one"]
     assert status.totals == {"delivered": 1}
     with Redis.from_url(redis_url) as redis:
         assert redis.smembers(KEYS.replicas) == {b"one"}
@@ -199,7 +199,7 @@ async def test_the_status_tells_of_backlog_leases_and_replicas(
     await asyncio.gather(*tasks)
     status = await read_status(consumer._connection, "qwen")
     assert (status.backlog_tokens, status.oldest_age_s) == (0, 0.0)
-    assert status.totals == {"completed": 3, "delivered": 3}
+    assert status.totals == {"completed": 3, "completed_tokens": 30, "delivered": 3}
 
 
 async def test_an_unused_pool_has_a_status_too(consumer: ScoreConsumer) -> None:
@@ -216,10 +216,10 @@ async def test_the_handshake_outlives_its_replica_and_an_alias_leads_to_it(
     await consumer.publish_info(b"handshake")
     assert await read_info(connection, "qwen") == b"handshake"
     with pytest.raises(TeacherUnavailableError):
-        await promote_pool(connection, "best", "qwen@00ff")
-    assert await promote_pool(connection, "best", "qwen") is None
-    assert await promote_pool(connection, "best", "qwen") == "qwen"
-    assert await resolve_pool(connection, "best") == "qwen"
+        await promote_pool(connection, "qwen", "qwen@00ff", is_forced=True)
+    assert await promote_pool(connection, "qwen", "qwen", is_forced=True) is None
+    assert await promote_pool(connection, "qwen", "qwen", is_forced=True) == "qwen"
+    assert await resolve_pool(connection, "qwen") == "qwen"
     assert await resolve_pool(connection, "other") == "other"
     await connection.close()
 

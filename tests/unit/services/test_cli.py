@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[3]
 COMMANDS = (
     [], ["demo"], ["teacher"], ["teacher", "serve"], ["pool"], ["pool", "serve"], ["pool", "promote"], ["pool", "dead"],
-    ["pool", "dead", "list"], ["redis"], ["train"], ["eval"], ["score"], ["report"],
+    ["pool", "dead", "list"], ["pool", "dead", "show"], ["pool", "status"], ["redis"], ["tenants"], ["tenants", "add"],
+    ["train"], ["eval"], ["score"], ["report"],
 )  # fmt: skip
 
 
@@ -60,6 +61,9 @@ def test_help_answers_at_once() -> None:
         (["eval", "testbed/models/student-base", "--data", "no.jsonl"], "data no.jsonl: no such file"),
         (["report", "/nowhere"], "/nowhere"),
         (["score", "hi", "there", "--url", "http://x", "--tokenizer", "testbed/models/student-base"], "url=http://x"),
+        (["score", "hi", "--url", "grpc://h:1"], "RESPONSE: is missing"),
+        (["score", "no.jsonl", "--url", "grpc://h:1", "--out", "o.parquet"], "no.jsonl: no such"),
+        (["pool", "status", "A b", "--once", "--redis-url", "redis://127.0.0.1:1/0"], "127.0.0.1:1"),
     ],
 )
 @pytest.mark.timeout(120)

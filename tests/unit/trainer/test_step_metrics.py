@@ -61,11 +61,14 @@ def test_reverse_kl_is_eq_5_whatever_is_trained(step: StepRecord) -> None:
     assert values["rollout/sampled_reverse_kl"] == pytest.approx(math.fsum(gaps) / len(gaps), rel=1e-6)
 
 
-def record(items: list[ScoredRollout], prompts: list[TinyPrompt]) -> StepRecord:
+def record(
+    items: list[ScoredRollout], prompts: list[TinyPrompt], fingerprints: dict[str, str] | None = None
+) -> StepRecord:
     return StepRecord(
         step=1,
         prompts=prompts,
         scored=items,
+        fingerprints=fingerprints or {"": "teacher-1"},
         counts=Counts(sent=4, scored=3, lost=1),
         losses={"loss/objective": Mean(total=6.0, count=4.0)},
         grad_norm=2.5,
@@ -96,3 +99,24 @@ def test_rollouts_are_graded_where_the_answer_is_known() -> None:
     metrics = StepMetrics(weight=SupportWeight.STUDENT, decode=lambda token_ids: texts[token_ids[0]])
     values = metrics.summarize(record(items, [known, known, unknown])).values
     assert values["outcome/accuracy"] == 0.5
+
+
+def test_each_teacher_has_its_own_means_and_counts() -> None:
+    items = [scored("a", [5], [8, 9, 1]), scored("b", [5], [8])]
+    items[1] = dataclasses.replace(items[1], rollout=dataclasses.replace(items[1].rollout, group=1))
+    ids = items[0].rollout.prompt_token_ids
+    prompts = [
+        TinyPrompt(prompt_token_ids=ids, teacher_prompt_token_ids=ids, teacher=name) for name in ("code", "math")
+    ]
+    metrics = StepMetrics(weight=SupportWeight.STUDENT, decode=None)
+    values = metrics.summarize(record(items, prompts, {"code": "1", "math": "2", "law": "3"})).values
+    alone = {
+        name: metrics.summarize(record([item], prompts)).values
+        for name, item in zip(("code", "math"), items, strict=True)
+    }
+    for key in ("loss/reverse_kl", "distill/overlap_ratio"):
+        assert {name: values[f"{key}/teacher/{name}"] for name in alone} == {n: alone[n][key] for n in alone}
+        assert values[key] == pytest.approx((3 * alone["code"][key] + alone["math"][key]) / 4)
+    counts = [values[f"queue/rollouts_scored/teacher/{name}"] for name in ("code", "math", "law")]
+    tokens = [values[f"rollout/response_tokens/teacher/{name}"] for name in ("code", "math", "law")]
+    assert (counts, tokens) == ([1, 1, 0], [3, 1, 0])

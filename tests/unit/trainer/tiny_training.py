@@ -22,6 +22,7 @@ from services.trainer.rollout.base import SamplingParams
 from services.trainer.rollout.transformers_engine import TransformersEngine
 from services.trainer.student import Student, StudentOptimizer
 from services.trainer.teacher_client import ScoreWants, TeacherClient
+from services.trainer.teachers import TeacherRouter
 from services.trainer.weights import SharedWeights
 
 NUM_IDS = 24
@@ -135,6 +136,7 @@ class TinyPrompt:
 
     prompt_token_ids: Ids
     teacher_prompt_token_ids: Ids
+    teacher: str = ""
     template: str = ""
     answer: str | None = None
 
@@ -205,7 +207,7 @@ class Setup:
             settings,
             prompts=FixedPrompts(self.prompts_per_step),
             engine=self.engine,
-            teacher=self.teacher,
+            teachers=TeacherRouter({"": self.teacher}),
             student=self.student,
             loss=self.loss,
             optimizer=self.optimizer,

@@ -1,0 +1,1 @@
+"""Offline scoring: a data set of prompts and responses becomes parquet of what a teacher says of every token."""

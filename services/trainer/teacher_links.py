@@ -1,0 +1,87 @@
+"""From the configuration to connected teachers, by name: one connection for each queue, pool and tenant.
+
+Names that lead to the same place share its connection, so that a hundred names of one pool cost no hundred heartbeats.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from opd.client import SyncScoreClient
+from opd.credentials import load_credentials
+from opd.errors import ConfigError
+from opd.settings import read_secret
+from opd.vocabulary import Vocabulary
+from services.trainer.config import TeacherSettings, TrainSettings
+from services.trainer.objectives.config import ObjectiveKind
+from services.trainer.teacher_client import ScoreWants, TeacherClient
+from services.trainer.teachers import TeacherRouter
+from services.trainer.training_run import close_within
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherLink:
+    """A teacher as configured, and the open connection to it."""
+
+    settings: TeacherSettings
+    client: SyncScoreClient
+
+
+def connect_teachers(settings: TrainSettings, opened: ExitStack) -> dict[str, TeacherLink]:
+    """Connects every teacher of the run; what is connected is closed with `opened`."""
+    clients: dict[tuple[str, str, str, Path | None], SyncScoreClient] = {}
+    links = {}
+    for name, teacher in settings.teachers_by_name().items():
+        url = teacher.url or read_secret("OPD_REDIS_URL")
+        if not url:
+            field = f"teachers.{name}.url" if name else "teacher.url"
+            raise ConfigError(f"{field}: is empty and OPD_REDIS_URL is not set; set one to redis://HOST:PORT/DB")
+        place = url, teacher.pool, teacher.tenant, teacher.token_file
+        if place not in clients:
+            clients[place] = _connect(url, teacher, opened)
+        links[name] = TeacherLink(settings=teacher, client=clients[place])
+    return links
+
+
+def _connect(url: str, teacher: TeacherSettings, opened: ExitStack) -> SyncScoreClient:
+    credentials = load_credentials(
+        token_file=teacher.token_file,
+        ca_file=teacher.ca_file,
+        cert_file=teacher.cert_file,
+        key_file=teacher.key_file,
+        trust_network=teacher.trust_network,
+    )
+    client = SyncScoreClient.connect(
+        url, teacher=teacher.pool, tenant=teacher.tenant, patience_s=teacher.patience_s, credentials=credentials
+    )
+    # A queue that is gone must not hold up the end of the run for its whole patience.
+    opened.callback(close_within, client.close, "score client")
+    return client
+
+
+def build_router(
+    settings: TrainSettings, links: dict[str, TeacherLink], *, vocabulary: Vocabulary, student_name: str
+) -> TeacherRouter:
+    """The router over all links; nobody has been met yet."""
+    return TeacherRouter(
+        {
+            name: TeacherClient(
+                link.client, _wants(settings, link.settings), vocabulary=vocabulary, student_name=student_name
+            )
+            for name, link in links.items()
+        }
+    )
+
+
+def _wants(settings: TrainSettings, teacher: TeacherSettings) -> ScoreWants:
+    return ScoreWants(
+        tenant=teacher.tenant,
+        teacher=teacher.pool,
+        score_top_k=settings.objective.score_top_k,
+        teacher_temperature=settings.objective.teacher_temperature,
+        encoding=teacher.encoding,
+        batch_invariant=settings.deterministic,
+        wants_hidden_states=settings.objective.kind is ObjectiveKind.FULL_VOCABULARY,
+        timeout_ms=round(teacher.timeout_s * 1000),
+        max_context=settings.rollout.max_prompt_tokens + settings.rollout.max_response_tokens,
+    )
