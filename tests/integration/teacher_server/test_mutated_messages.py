@@ -21,7 +21,7 @@ from opd.errors import InternalError, OpdError, TeacherUnavailableError
 from opd.queue.embedded import EmbeddedRedis
 from opd.queue.keys import PoolKeys
 from opd.queue.score_client import QueueScoreClient
-from opd.wire.messages import decode_reply
+from opd.wire.messages import decode_reply, decode_request
 from services.teacher_server.tenants import new_token
 from services.teacher_server.tenants_file import add_tenant
 from tests.integration.teacher_server.conftest import TeacherProcess
@@ -162,7 +162,7 @@ async def test_over_the_queue(teacher: TeacherProcess, redis: EmbeddedRedis) -> 
                 reply = await client.score(
                     rollout_id=f"bad.{number}", num_tokens=num_tokens, timeout_ms=50_000, body=message
                 )
-                decode_reply(reply)
+                decode_reply(reply, decode_request(message))
             except OpdError as error:
                 assert not isinstance(error, InternalError | TeacherUnavailableError), error
                 return error.code

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from opd.errors import OpdError, OverCapacityError
 from opd.queue.frames import error_frame, ok_frame, open_frame
-from opd.types import ScoreReply, Scores
+from opd.types import ScoreReply, ScoreRequest, Scores
 from opd.wire.messages import decode_info, decode_reply, decode_request, encode_info, encode_reply
 from tests.integration.teacher_server.mutations import mutate, valid_bodies
 from tests.unit.teacher_server.fake_engine import fake_info
@@ -24,11 +25,30 @@ REPLY = ScoreReply(
     scores=Scores(sampled_logprobs=FLOATS[:, 0], topk_token_ids=np.ones((4, 3), np.int32), topk_logprobs=FLOATS),
     replica="one",
 )
+REQUEST = ScoreRequest(
+    rollout_id="r.0.0",
+    tenant="math",
+    teacher="t",
+    prompt_token_ids=np.array([5], np.int32),
+    response_token_ids=np.arange(4, dtype=np.int32),
+    candidate_token_ids=np.arange(12, dtype=np.int32).reshape(4, 3),
+    score_top_k=3,
+)
+CODED = replace(
+    REPLY, scores=replace(REPLY.scores, topk_token_ids=REQUEST.candidate_token_ids, candidate_logprobs=FLOATS)
+)
+BODIES = [encode_reply(reply, REQUEST) for reply in (REPLY, CODED)]
+
+
+def decode_its_reply(body: bytes) -> ScoreReply:
+    return decode_reply(body, REQUEST)
+
+
 DECODERS: dict[str, tuple[Callable[[bytes], Any], list[bytes]]] = {
     "request": (decode_request, valid_bodies("math")),
-    "reply": (decode_reply, [encode_reply(REPLY)]),
+    "reply": (decode_its_reply, BODIES),
     "info": (decode_info, [encode_info(fake_info(special_tokens={"eos": 3}))]),
-    "frame": (open_frame, [ok_frame(encode_reply(REPLY)), error_frame(OverCapacityError("full", retry_after_s=2.0))]),
+    "frame": (open_frame, [ok_frame(BODIES[0]), error_frame(OverCapacityError("full", retry_after_s=2.0))]),
 }
 
 
