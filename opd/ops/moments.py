@@ -94,6 +94,9 @@ def _on_device(logits_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # A batch's last chunk is shorter than the others, and must not cost a compilation of its own.
         torch._dynamo.maybe_mark_dynamic(logits_CV, 0)
         found: tuple[Tensor, Tensor, Tensor] = compiled(logits_CV)
+    except torch.OutOfMemoryError:
+        # Says nothing of the compiler.
+        raise
     except Exception as error:  # whatever a missing or broken compiler raises: the answer does not depend on it
         _log.warning("the normaliser is not compiled (%s); scoring goes on more slowly", type(error).__name__)
         os.environ[NO_COMPILE] = "1"
