@@ -25,6 +25,8 @@ test: lint            ## lint, types and every test, with a real Redis and real 
 test-vllm:            ## the engine contract tests on vLLM too, in .venv-vllm (made when it is not there)
 	@scripts/setup_vllm.sh
 	OPD_REQUIRE_VLLM=1 .venv-vllm/bin/python -m pytest tests/contract/engines
+	OPD_REQUIRE_VLLM=1 VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 \
+	    .venv-vllm/bin/python -m pytest tests/contract/engines -k "not process"
 
 lint: $(READY)        ## ruff, strict types on opd/, spelling, generated code and schema
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from opd.types import PAD_ID, Floats, Ids, ScoreRequest, Scores, TeacherInfo
 from services.teacher_server.config import TeacherConfig
 from services.teacher_server.engines import model_folder
 from services.teacher_server.engines.base import ForwardObserver, ForwardReport
-from services.teacher_server.engines.vllm_model import LoadedVllm, load_vllm, stop_vllm
+from services.teacher_server.engines.vllm_model import LoadedVllm, clear_cache, load_vllm, stop_vllm
 from services.teacher_server.engines.vllm_requests import VllmRows, VllmRun, run_together
 
 # One more than asked for shows whether the last place is tied; a few more settle most ties at once.
@@ -43,13 +43,28 @@ class VllmEngine:
         shared = {index: request for index, request in enumerate(requests) if not request.batch_invariant}
         outcomes: dict[int, Scores | OpdError] = {}
         for together in [*alone, shared]:
-            outcomes |= self._score_together(together)
+            outcomes |= self._score_apart_from_nan(together)
         return [outcomes[index] for index in range(len(requests))]
 
     def close(self) -> None:
         """Ends vLLM and its workers."""
         stop_vllm(self._model.engine)
         del self._model
+
+    def _score_apart_from_nan(self, requests: Mapping[int, ScoreRequest]) -> dict[int, Scores | OpdError]:
+        """Whoever comes out as NaN is scored again alone, in a clean cache, so that the NaN is its own.
+
+        vLLM hands on the memory of finished sequences as it is. Attention weighs what lies behind a sequence with zero,
+        and zero times the NaN that a former one left there is NaN.
+        """
+        outcomes = self._score_together(requests)
+        suspects = [index for index, outcome in outcomes.items() if isinstance(outcome, NonFiniteError)]
+        for index in suspects:
+            clear_cache(self._model.engine)
+            outcomes |= self._score_together({index: requests[index]})
+        if suspects:
+            clear_cache(self._model.engine)
+        return outcomes
 
     def _score_together(self, requests: Mapping[int, ScoreRequest]) -> dict[int, Scores | OpdError]:
         outcomes: dict[int, Scores | OpdError] = {}

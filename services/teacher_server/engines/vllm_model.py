@@ -25,6 +25,7 @@ from services.teacher_server.config import VllmSettings
 from services.teacher_server.engines.transformers_model import choose_dtype, load_vocabulary
 from services.teacher_server.engines.vllm_requests import FixedIds, VllmRun, run_alone
 
+_log = logging.getLogger(__name__)
 _CPU_KV_CACHE_BYTES = 1 << 30
 _LOAD_FAULTS = (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError)
 _PROBE_TOLERANCE = 1e-3
@@ -91,6 +92,19 @@ def stop_vllm(engine: Any) -> None:
 
     engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()
+
+
+def clear_cache(engine: Any) -> None:
+    """Zeroes the keys and values that finished sequences left."""
+    if not all(engine.apply_model(_zero_cache)):
+        _log.error("vLLM's cache of keys and values was not found, so NaN left in it stays there")
+
+
+def _zero_cache(model: torch.nn.Module) -> int:
+    """How many tensors were zeroed. Runs where the weights are."""
+    held = [getattr(module, "kv_cache", None) for module in model.modules()]
+    tensors = [found for cache in held for found in (cache if isinstance(cache, list | tuple) else [cache])]
+    return len([found.zero_() for found in tensors if isinstance(found, torch.Tensor)])
 
 
 def _import_platform(settings: VllmSettings) -> Any:

@@ -1,11 +1,14 @@
 """The engines under one contract, and the models they are held to.
 
 The vLLM half runs in .venv-vllm (`make test-vllm`). Elsewhere it is skipped with that reason; with OPD_REQUIRE_VLLM=1,
-as `make test-vllm` sets it, a missing vLLM is a failure.
+as `make test-vllm` sets it, a missing vLLM is a failure. A second run has TRITON_INTERPRET=1 and
+VLLM_USE_V2_MODEL_RUNNER=1: that is the runner vLLM uses on CUDA, with its Triton kernels interpreted, so candidate ids
+are asked for and answered without a GPU.
 """
 
 import importlib.util
 import os
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,6 +31,18 @@ NAN_TOKEN = 80
 LoadEngine = Callable[[Path], ScoringEngine]
 # Importing vLLM warns of itself, of torch and of this machine.
 VLLM = pytest.param("vllm", marks=[pytest.mark.filterwarnings("default"), pytest.mark.timeout(300)])
+
+
+def believe_in_triton() -> None:
+    """Before vLLM is imported: it wants a Triton with a backend for the CPU; the interpreter needs none."""
+    assert os.environ.get("TRITON_INTERPRET") == "1", "must be set before anything imports triton"
+    from triton.backends import backends
+
+    backends["cpu"] = types.SimpleNamespace(driver=types.SimpleNamespace(is_active=lambda: True), compiler=None)
+
+
+if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" and not torch.cuda.is_available():
+    believe_in_triton()
 
 
 def need_vllm() -> None:

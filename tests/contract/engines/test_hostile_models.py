@@ -63,3 +63,15 @@ def test_a_row_of_nan_is_its_own_requests_error(hostile_engine: Hostile) -> None
             assert isinstance(outcome, NonFiniteError) and "at 9 of 9 scored positions" in outcome.message
         for outcome, request in zip([found[1], *found[3:]], sound, strict=True):
             assert_exact(outcome, request, folder)
+
+
+def test_nan_is_not_inherited_by_whoever_comes_next(hostile_engine: Hostile) -> None:
+    """vLLM hands on the memory of a finished sequence as it is; short sequences look into what lies behind them."""
+    engine, folder = hostile_engine
+    later = [sound_request(seed, num_response=5, score_top_k=2) for seed in range(10, 18)]
+    for _ in range(2):
+        neighbours = [sound_request(seed, num_response=20) for seed in range(3)]
+        outcomes = engine.score([neighbours[0], poisoned_request(6), *neighbours[1:]])
+        assert isinstance(outcomes[1], NonFiniteError)
+        for outcome, request in zip(engine.score(later), later, strict=True):
+            assert_exact(outcome, request, folder)
