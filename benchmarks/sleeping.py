@@ -80,6 +80,9 @@ class SleepingEngine:
         self.served += [Served(at_s=now_s, tenant=item.tenant, num_tokens=item.num_tokens) for item in requests]
         return [Scores(sampled_logprobs=expected_logprobs(request)) for request in requests]
 
+    def forget(self) -> None:
+        """Nothing is kept."""
+
     def close(self) -> None:
         """Nothing to free."""
 

@@ -38,7 +38,7 @@ _ATTEMPT_TIMEOUT_S = 10.0
 def hide_password(url: str) -> str:
     """The URL as it may stand in a message."""
     shown = re.sub(r"([?&]password=)[^&#]*", r"\1***", url)
-    return re.sub(r"://([^/?#:]*):[^/?#]*@", r"://\1:***@", shown)
+    return re.sub(r"://([^:@]*):.*@", r"://\1:***@", shown)
 
 
 class QueueConnection:

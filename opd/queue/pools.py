@@ -148,4 +148,7 @@ def _live(name: str, value: bytes | None, left_ms: int) -> LiveReplica | None:
     if value is None:
         return None
     expiry_ms, _, info = value.partition(b":")
+    if not expiry_ms.isdigit():
+        # Of another version: alive, and more is not known.
+        return LiveReplica(replica_id=name, age_s=0.0, info=b"")
     return LiveReplica(replica_id=name, age_s=max(int(expiry_ms) - left_ms, 0) / 1000, info=info)

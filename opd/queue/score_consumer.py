@@ -157,7 +157,11 @@ class ScoreConsumer:
         wanted = list(deliveries)
         if not wanted:
             return 0
-        num_returned: int = await self._connection.script("hand_back", *self._head, *_pairs(wanted))
+        try:
+            num_returned: int = await self._connection.script("hand_back", *self._head, *_pairs(wanted))
+        except OpdError:
+            self._let_lapse(wanted)
+            raise
         for delivery in wanted:
             self._release(delivery)
         return num_returned
@@ -201,9 +205,7 @@ class ScoreConsumer:
         try:
             return await self._with_bodies(bare), bool(must_drain)
         except OpdError:
-            # Their leases run out by themselves; keeping them on our books would only bar suspects from us.
-            for delivery in bare:
-                self._release(delivery)
+            self._let_lapse(bare)
             raise
 
     async def _with_bodies(self, bare: Sequence[Delivery]) -> list[Delivery]:
@@ -242,9 +244,13 @@ class ScoreConsumer:
 
     async def _settle(self, delivery: Delivery, status: str, frame: bytes) -> bool:
         identity = (delivery.tenant, delivery.entry_id, delivery.incarnation, delivery.rollout_id)
-        outcome = await self._connection.script(
-            "complete", *self._head, *identity, status, frame, self.rules.reply_ttl_ms
-        )
+        try:
+            outcome = await self._connection.script(
+                "complete", *self._head, *identity, status, frame, self.rules.reply_ttl_ms
+            )
+        except OpdError:
+            self._let_lapse([delivery])
+            raise
         self._release(delivery)
         if outcome != b"done":
             _log.info("rollout %s of %s: %s", delivery.rollout_id, delivery.tenant, outcome.decode())
@@ -252,6 +258,11 @@ class ScoreConsumer:
 
     async def _undo(self, result: tuple[list[Delivery], bool]) -> None:
         await self.hand_back(result[0])
+
+    def _let_lapse(self, deliveries: Iterable[Delivery]) -> None:
+        """Their leases run out by themselves; keeping them on our books would only bar suspects from us."""
+        for delivery in deliveries:
+            self._release(delivery)
 
     def _release(self, delivery: Delivery) -> None:
         self._held.pop(self._key_of(delivery), None)

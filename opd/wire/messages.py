@@ -37,9 +37,9 @@ def encode_request(request: ScoreRequest) -> bytes:
     return request_to_proto(request).SerializeToString()
 
 
-def decode_request(body: bytes) -> ScoreRequest:
+def decode_request(body: bytes, info: TeacherInfo | None = None) -> ScoreRequest:
     """The request in a queue body; raises InvalidRequestError when it is none."""
-    return request_from_proto(_parse(pb.ScoreRequest(), body))
+    return request_from_proto(_parse(pb.ScoreRequest(), body), info)
 
 
 def encode_reply(reply: ScoreReply, request: ScoreRequest) -> bytes:
@@ -115,8 +115,14 @@ def request_to_proto(request: ScoreRequest) -> pb.ScoreRequest:
     return message
 
 
-def request_from_proto(message: pb.ScoreRequest) -> ScoreRequest:
-    """Raises InvalidRequestError naming the field whose form is wrong."""
+def request_from_proto(message: pb.ScoreRequest, info: TeacherInfo | None = None) -> ScoreRequest:
+    """Raises InvalidRequestError naming the field whose form is wrong.
+
+    With the teacher's `info` what is far beyond its limits is refused before it is unpacked: ids of one bit make a long
+    array of a short message.
+    """
+    if info is not None:
+        _check_sizes(message, info)
     return ScoreRequest(
         rollout_id=message.rollout_id,
         tenant=message.tenant,
@@ -141,6 +147,25 @@ def request_from_proto(message: pb.ScoreRequest) -> ScoreRequest:
         attempt=message.attempt,
         teacher_fingerprint=message.teacher_fingerprint,
     )
+
+
+def _check_sizes(message: pb.ScoreRequest, info: TeacherInfo) -> None:
+    """Twice the limits, since what is a little over them is told better by whoever knows the request."""
+    num_rows = 2 * info.max_context
+    num_response = min(math.prod(message.response_token_ids.shape), num_rows)
+    caps = {
+        "prompt_token_ids": num_rows,
+        "response_token_ids": num_rows,
+        "scored_rows": num_rows,
+        "candidate_token_ids": 2 * max(num_response, 1) * max(info.max_candidates, 1),
+    }
+    for name, cap in caps.items():
+        num_elements = math.prod(getattr(message, name).shape) if message.HasField(name) else 0
+        if num_elements > cap:
+            raise InvalidRequestError(
+                f"{name}: {num_elements} elements, which is far beyond a context of {info.max_context} tokens and "
+                f"{info.max_candidates} candidates a position; send less at once"
+            )
 
 
 def reply_to_proto(

@@ -47,6 +47,8 @@ def can_encode_topk(scores: Scores, candidate_ids_RK: Ids | None) -> bool:
     """Whether everything the coding needs is there, and each row has all of its top-k or nothing of it."""
     if scores.topk_token_ids is None or scores.topk_logprobs is None or scores.candidate_logprobs is None:
         return False
+    if max(scores.candidate_logprobs.size, scores.topk_token_ids.size) > arrays.MAX_PACKED_ELEMENTS:
+        return False
     if candidate_ids_RK is None or candidate_ids_RK.shape != scores.candidate_logprobs.shape:
         return False
     if scores.topk_token_ids.shape != scores.topk_logprobs.shape or scores.topk_token_ids.shape[1] == 0:

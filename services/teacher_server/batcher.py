@@ -18,6 +18,8 @@ from opd.types import ScoreRequest
 
 _MIN_RETRY_S = 0.05
 _MAX_RETRY_S = 30.0
+# Without a queue nobody collects what direct callers were dealt, and callers choose their names.
+_MAX_CHARGED_TENANTS = 1000
 
 
 class Intake(StrEnum):
@@ -157,7 +159,9 @@ class FairBatcher:
                 self._retire_front()
             room -= ticket.num_tokens
             ticket.is_dealt = True
-            if ticket.intake is Intake.DIRECT:
+            if ticket.intake is Intake.DIRECT and (
+                ticket.tenant in self._direct_tokens or len(self._direct_tokens) < _MAX_CHARGED_TENANTS
+            ):
                 self._direct_tokens[ticket.tenant] = self._direct_tokens.get(ticket.tenant, 0) + ticket.num_tokens
             batch.append(ticket)
             if ticket.alone:

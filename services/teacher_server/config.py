@@ -215,6 +215,8 @@ class TeacherConfig(Settings):
                 f"batching.max_tenant_tokens={batching.max_tenant_tokens}: is over batching.max_direct_tokens="
                 f"{batching.max_direct_tokens}; lower the first or raise the second"
             )
+        if self.hidden_states.enabled and self.engine == "vllm":
+            raise ValueError("hidden_states.enabled=true: engine=vllm does not supply them; use engine=transformers")
         if self.hidden_states.enabled and self.hidden_states.chunk_bytes > self.grpc.max_message_bytes // 2:
             raise ValueError(
                 f"hidden_states.chunk_bytes={self.hidden_states.chunk_bytes}: is over half of grpc.max_message_bytes="

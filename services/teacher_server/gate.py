@@ -4,7 +4,7 @@ A caller proves to be a tenant (a token over gRPC and HTTP, its Redis user in th
 tenant's name alone. Without a tenants file the gate is open.
 """
 
-from opd.errors import PermissionDeniedError
+from opd.errors import PermissionDeniedError, UnauthenticatedError
 from services.teacher_server.tenant_registry import TenantRegistry
 
 
@@ -25,8 +25,10 @@ class Gate:
 
     def check_request(self, authenticated: str | None, named: str, *, wants_hidden_states: bool = False) -> None:
         """Raises PermissionDeniedError for another tenant's name and for rights the tenant does not have."""
-        if authenticated is None:
+        if self._registry is None:
             return
+        if authenticated is None:
+            raise _nobody()
         if named != authenticated:
             raise PermissionDeniedError(
                 f"tenant={named[:80]!r}: the token is that of {authenticated}; name that one in the request"
@@ -36,8 +38,10 @@ class Gate:
 
     def check_hidden_states(self, tenant: str | None) -> None:
         """Raises PermissionDeniedError for a tenant without the right to hidden states and the output head."""
-        if self._registry is None or tenant is None:
+        if self._registry is None:
             return
+        if tenant is None:
+            raise _nobody()
         if not self._registry.table.require(tenant).hidden_states:
             raise PermissionDeniedError(
                 f"wants_hidden_states: tenant {tenant} has no right to hidden states and the output head; ask for "
@@ -48,3 +52,7 @@ class Gate:
         """Raises PermissionDeniedError for a tenant that the file does not name; Redis vouched for the name."""
         if self._registry is not None:
             self._registry.table.require(tenant)
+
+
+def _nobody() -> UnauthenticatedError:
+    return UnauthenticatedError("authorization: is missing; send a bearer token")

@@ -15,7 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from opd.credentials import read_pem
-from opd.errors import ConfigError, InternalError, OpdError, UnknownTeacherError
+from opd.errors import ConfigError, DeadlineExceededError, InternalError, OpdError, UnknownTeacherError
 from opd.rpc.client import KEEPALIVE_TIME_S
 from opd.rpc.status import STATUS, trailing_metadata
 from opd.wire.chunks import split_reply
@@ -50,8 +50,20 @@ class TeacherServicer(pb_grpc.TeacherServiceServicer):
         return await _guarded(context, lambda: self._score(request, context))
 
     async def ScoreStream(self, request: pb.ScoreStreamRequest, context: Any) -> AsyncIterator[pb.ScoreStreamResponse]:
-        for message in await _guarded(context, lambda: self._score_stream(request, context)):
-            yield message
+        messages = await _guarded(context, lambda: self._score_stream(request, context))
+        try:
+            # A reader who takes its time holds the whole reply here.
+            async with asyncio.timeout(request.request.timeout_ms / 1000):
+                for message in messages:
+                    yield message
+        except TimeoutError:
+            await _refuse(
+                context,
+                DeadlineExceededError(
+                    f"timeout_ms={request.request.timeout_ms}: the reply was not read in time; read it faster or ask "
+                    "for more time"
+                ),
+            )
 
     async def GetOutputHead(
         self, request: pb.GetOutputHeadRequest, context: Any
@@ -69,15 +81,17 @@ class TeacherServicer(pb_grpc.TeacherServiceServicer):
         return scoring
 
     async def _score(self, message: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
-        request = request_from_proto(message)
-        reply = await self._slot.get().score(request, patience_s=context.time_remaining())
+        scoring = self._slot.get()
+        request = request_from_proto(message, scoring.info())
+        reply = await scoring.score(request, patience_s=context.time_remaining())
         response = pb.ScoreResponse(reply=reply_to_proto(reply, request.encoding, request.candidate_token_ids))
-        check_message_size(request.rollout_id, response.ByteSize(), self._slot.get().info().max_message_bytes)
+        check_message_size(request.rollout_id, response.ByteSize(), scoring.info().max_message_bytes)
         return response
 
     async def _score_stream(self, message: pb.ScoreStreamRequest, context: Any) -> Iterator[pb.ScoreStreamResponse]:
-        request = request_from_proto(message.request)
-        reply = await self._slot.get().score(request, patience_s=context.time_remaining(), is_streamed=True)
+        scoring = self._slot.get()
+        request = request_from_proto(message.request, scoring.info())
+        reply = await scoring.score(request, patience_s=context.time_remaining(), is_streamed=True)
         return split_reply(reply, request.encoding, self._chunk_bytes)
 
     async def _output_head(self, message: pb.GetOutputHeadRequest) -> Iterator[pb.GetOutputHeadResponse]:

@@ -41,8 +41,11 @@ class GuardedEngine:
         return self._engine.output_head()
 
     def check(self) -> CanaryVerdict:
-        """Scores the probe."""
-        return self._canary.check()
+        """Scores the probe; what an unsound engine has kept is never used again."""
+        verdict = self._canary.check()
+        if not verdict.is_sound:
+            self._engine.forget()
+        return verdict
 
     def close(self) -> None:
         """Frees the engine."""
@@ -75,7 +78,7 @@ class GuardedEngine:
         suspicious = [isinstance(outcome, NonFiniteError | InternalError) for outcome in outcomes]
         if not any(suspicious):
             return GuardedOutcomes(outcomes=outcomes)
-        verdict = self._canary.check()
+        verdict = self.check()
         if not verdict.is_sound:
             outcomes = [
                 _unsound(verdict) if is_suspicious else outcome

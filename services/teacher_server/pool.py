@@ -44,7 +44,7 @@ class PoolConfig(Settings):
     teachers: tuple[str, ...] = Field(min_length=1)
     """Names of the pools to watch, `name` or `name@fingerprint`; a bare name follows its alias."""
     redis_url: str | None = None
-    """redis:// or unix:// URL of the queue; unset takes OPD_REDIS_URL or its file."""
+    """redis://, rediss:// or unix:// URL of the queue; unset takes OPD_REDIS_URL or its file."""
     host: str = "127.0.0.1"
     """Loopback unless told."""
     port: int = Field(default=8090, ge=0, le=65_535)

@@ -135,7 +135,9 @@ class QueueIntake:
                 await self._changed.wait()
                 continue
             async with self._taking:
-                await self._take(self._room_tokens, wait_s=_TAKE_WAIT_S)
+                # A newcomer may have filled the room meanwhile.
+                if not self._is_full:
+                    await self._take(self._room_tokens, wait_s=_TAKE_WAIT_S)
 
     async def _keep_taking_newcomers(self) -> None:
         while True:
@@ -192,7 +194,6 @@ class QueueIntake:
 
     async def _sign_on(self) -> None:
         await self._connection.open()
-        await self._write_limits()
         await self._announce()
 
     def follow(self, table: TenantTable) -> None:
@@ -217,7 +218,8 @@ class QueueIntake:
             self._has_new_limits.clear()
 
     async def _announce(self) -> None:
-        """The handshake is written each time: a Redis that lost everything gets it back."""
+        """Limits and handshake are written each time: a Redis that lost everything gets them back."""
+        await self._write_limits()
         await self._consumer.publish_info(self._info)
         if self._readiness.why_not_scoring():
             return
@@ -240,7 +242,7 @@ class QueueIntake:
 
     async def _answer(self, delivery: Delivery) -> bytes | OpdError:
         try:
-            request = decode_request(delivery.body)
+            request = decode_request(delivery.body, self._scoring.info())
             _check_declared(delivery, request)
             self._gate.check_queued(delivery.tenant)
             reply = await self._scoring.score(

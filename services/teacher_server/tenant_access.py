@@ -97,6 +97,8 @@ async def _apply(plan: AccessPlan, url: str) -> str:
         if plan.close_default and await who_am_i(connection) == "default":
             raise ConfigError("--close-default: would shut out the user that does it; connect as another one")
         users = plan.users(await read_version(connection))
+        if (own_name := await who_am_i(connection)) in users and not plan.close_default:
+            raise ConfigError(f"{own_name}: is the user that does this; rename the tenant or connect as another one")
         gone, is_saved = await apply_users(connection, users, plan.pools)
     finally:
         await connection.close()

@@ -17,7 +17,7 @@ if redis.call('PEXPIRE', key('body', tenant, fields.i, fields.r), body_ttl_ms) =
 end
 redis.call('DEL', key('reply', tenant, fields.i, fields.r))
 local id = redis.call('XADD', key('requests', tenant), '*',
-  'r', fields.r, 't', fields.t, 'i', fields.i, 'd', fields.d, 'a', fields.a, 'p', fields.p, 'k', '1')
+  'r', fields.r, 't', fields.t, 'i', fields.i, 'd', fields.d, 'a', fields.a, 'p', fields.p or '', 'k', '1')
 remember(tenant, slot, id, fields.t)
 redis.call('SADD', key('active'), tenant)
 redis.call('XDEL', key('dead', tenant), dead_id)

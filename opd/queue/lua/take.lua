@@ -90,7 +90,7 @@ local function bury(tenant, id, fields, record)
   local dead = key('dead', tenant)
   redis.call('PERSIST', key('body', tenant, fields.i, fields.r))
   redis.call('XADD', dead, '*', 'r', fields.r, 't', fields.t, 'i', fields.i, 'd', fields.d, 'a', fields.a,
-    'p', fields.p, 'n', record[4], 'c', record[2], 'e', id)
+    'p', fields.p or '', 'n', record[4], 'c', record[2], 'e', id)
   redis.call('SADD', key('dead_tenants'), tenant)
   if redis.call('XLEN', dead) > MAX_DEAD_LETTERS then
     local oldest = redis.call('XRANGE', dead, '-', '+', 'COUNT', 1)[1]
@@ -234,7 +234,7 @@ local function open(tenant)
     opened[#opened + 1], opened[tenant] = queue, queue
     return queue
   end
-  if redis.call('XLEN', key('requests', tenant)) == 0 and (num_pending or 0) == 0 then
+  if redis.pcall('XLEN', key('requests', tenant)) == 0 and (num_pending or 0) == 0 then
     redis.call('DEL', key('requests', tenant))
     redis.call('SREM', key('active'), tenant)
     redis.call('HDEL', key('deficits'), tenant)
@@ -258,7 +258,8 @@ local function serve_siblings(queue)
       return
     end
     local is_sibling = item.fields.p == prompt and not item.is_gone
-    if is_sibling and item.tokens <= queue.deficit and fits(item.tokens) then
+    -- An entry that says no number of tokens is none, which `retire` will find.
+    if is_sibling and (item.tokens or 0) <= queue.deficit and fits(item.tokens or 0) then
       if retire(queue.tenant, item.id, item.fields) then
         item.is_gone = true
       else
@@ -347,7 +348,12 @@ end
 
 -- The active tenants in order of their names, from the one whose turn it is; and the one after those looked at.
 local function tenants_in_turn(turn)
-  local names = redis.call('SMEMBERS', key('active'))
+  local names = redis.pcall('SMEMBERS', key('active'))
+  if failed(names) then
+    -- A tenant has put something else there; whoever has work enters again with the next submission.
+    redis.call('DEL', key('active'))
+    names = {}
+  end
   table.sort(names)
   local first = 1
   while turn and first <= #names and names[first] < turn do

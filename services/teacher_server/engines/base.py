@@ -52,6 +52,10 @@ class ScoringEngine(Protocol):
         """The head; asked for only where the capability hidden_states is in `info()`, from any thread."""
         ...
 
+    def forget(self) -> None:
+        """Lets go of whatever is kept from earlier passes: it may have been computed while the engine was unsound."""
+        ...
+
     def close(self) -> None:
         """Frees the model; the engine is not used afterwards."""
         ...

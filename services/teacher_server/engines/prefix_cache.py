@@ -48,8 +48,9 @@ class PrefixCache:
         return prefix
 
     def put(self, key: bytes, prefix: Prefix) -> None:
-        """Keeps a prefix and lets go of the least recently used ones; one that is too long is not kept."""
-        if prefix.num_tokens > self._max_tokens or key in self._kept:
+        """Keeps a prefix and lets go of the least recently used ones; too long or non-finite ones are not kept."""
+        is_finite = bool(prefix.last_hidden_H.isfinite().all())
+        if prefix.num_tokens > self._max_tokens or key in self._kept or not is_finite:
             return
         self._kept[key] = prefix
         self.num_tokens += prefix.num_tokens

@@ -100,6 +100,10 @@ class TransformersEngine:
         assert self._shared_head is not None
         return self._shared_head
 
+    def forget(self) -> None:
+        """Prompts are computed anew from now on."""
+        self._prefixes.clear()
+
     def close(self) -> None:
         """Gives the model's memory back."""
         self._prefixes.clear()

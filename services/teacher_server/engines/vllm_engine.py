@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import opd
-from opd.errors import NonFiniteError, OpdError
-from opd.types import PAD_ID, Floats, Ids, ScoreRequest, Scores, TeacherInfo
+from opd.errors import NonFiniteError, OpdError, UnsupportedError
+from opd.types import PAD_ID, Floats, Ids, ScoreRequest, Scores, SharedHead, TeacherInfo
 from services.teacher_server.config import TeacherConfig
 from services.teacher_server.engines import model_folder
 from services.teacher_server.engines.base import ForwardObserver, ForwardReport
@@ -45,6 +45,14 @@ class VllmEngine:
         for together in [*alone, shared]:
             outcomes |= self._score_apart_from_nan(together)
         return [outcomes[index] for index in range(len(requests))]
+
+    def forget(self) -> None:
+        """Clears the keys and values that vLLM would use again."""
+        clear_cache(self._model.engine)
+
+    def output_head(self) -> SharedHead:
+        """Not supplied, as the capabilities say."""
+        raise UnsupportedError("output head: the vllm engine does not supply it; ask a teacher on transformers")
 
     def close(self) -> None:
         """Ends vLLM and its workers."""

@@ -124,3 +124,11 @@ async def test_shares_stay_by_tokens_whatever_is_pulled_forward(bench: Any, num_
             served[item["tenant"]] += item["tokens"]
             await bench.complete(item)
     assert served["many"] == served["none"] == 60
+
+
+async def test_an_entry_that_is_none_stops_nobody_by_naming_the_heads_prompt(bench: Any) -> None:
+    """Written by a tenant past the scripts, into its own stream."""
+    await submit(bench, "a")
+    bench.redis.xadd(bench.keys.requests("math"), {"p": "a"})
+    await submit(bench, "a", first=1)
+    assert names(await bench.take()) == "a0 a1"

@@ -59,6 +59,9 @@ class FragileEngine:
         self._observe(report)
         return [self._one(request) for request in requests]
 
+    def forget(self) -> None:
+        """Nothing is kept."""
+
     def close(self) -> None:
         """Nothing to free."""
 

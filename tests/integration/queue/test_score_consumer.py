@@ -246,3 +246,27 @@ async def test_patience_ends_for_a_replica_too(make_redis: Any) -> None:
     server.start()
     assert await consumer.take(token_budget=100, wait_s=0) == []
     await consumer.close()
+
+
+async def test_an_answer_that_redis_could_not_take_leaves_nothing_on_our_books(make_redis: Any) -> None:
+    """Or this replica would never be given the suspect that the request has become, and wait for itself for ever."""
+    server = make_redis("appendfsync always")
+    one = await connect(server.url, "one")
+    client = await QueueScoreClient.connect(server.url, pool="qwen", tenant="math")
+    tasks = await send(client, 2)
+    first, second = await one.take(token_budget=100)
+    server.kill()
+    with pytest.raises(QueueUnavailableError):
+        await one.complete(first, b"scores")
+    with pytest.raises(QueueUnavailableError):
+        await one.hand_back([second])
+    assert one.held == ()
+    server.start()
+    answered = 0
+    async with asyncio.timeout(20):
+        while answered < 2:
+            for delivery in await one.take(token_budget=100, wait_s=0.2):
+                answered += await one.complete(delivery, b"scores")
+    assert await asyncio.gather(*tasks) == [b"scores", b"scores"]
+    await client.close()
+    await one.close()

@@ -337,6 +337,11 @@ async def test_limits_and_a_pool_per_fingerprint_are_published_when_asked(redis_
                 while not (found := await connection.call(lambda redis: redis.hgetall(limits))):  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
             assert found == {b"weight:math": b"2.0", b"cap:math": b"50"}
+            # A Redis that lost them has them again with the next sign of life.
+            await connection.call(lambda redis: redis.delete(limits))
+            async with asyncio.timeout(10):
+                while await connection.call(lambda redis: redis.hgetall(limits)) != found:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
         finally:
             await connection.close()
         async with client_of(redis_url) as client:

@@ -42,6 +42,7 @@ class FakeEngine:
         self.gate.set()
         self.shift = 0.0
         self.is_broken = False
+        self.num_forgotten = 0
         self.is_closed = False
         self.observe: Callable[[ForwardReport], None] | None = None
 
@@ -61,6 +62,9 @@ class FakeEngine:
             )
             self.observe(report)
         return [self._one(request) for request in requests]
+
+    def forget(self) -> None:
+        self.num_forgotten += 1
 
     def close(self) -> None:
         self.is_closed = True

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -37,6 +38,7 @@ from services.teacher_server.gate import Gate
 from services.teacher_server.grpc_api import GrpcServer
 from services.teacher_server.guarded_engine import GuardedEngine
 from services.teacher_server.http_api import HttpServer, create_app
+from services.teacher_server.http_gate import HttpGate
 from services.teacher_server.readiness import Part, Readiness
 from services.teacher_server.scoring import ScoringSlot, TeacherScoring
 from services.teacher_server.tenant_registry import TenantRegistry
@@ -280,3 +282,29 @@ def test_files_that_are_no_certificates_are_one_line(tmp_path: Path) -> None:
         http = HttpSettings(tls=TlsSettings(cert_file=path, key_file=path))
         with pytest.raises(ConfigError, match=message):
             HttpServer(create_app(ScoringSlot(), Readiness(), TeacherMetrics(), http), http)
+
+
+def registry(folder: Path) -> TenantRegistry:
+    add_tenant(folder / "t.toml", "math", MATH, hidden_states=False, weight=1.0, max_inflight_tokens=None)
+    return TenantRegistry(folder / "t.toml", sound=Gauge("s", "s", registry=CollectorRegistry()))
+
+
+async def test_a_host_header_opens_no_path(tmp_path: Path) -> None:
+    """Routing goes by the path; the URL that is put together from headers may say another one."""
+    async with serving(tmp_path) as service, plain_http(service) as client:
+        answer = await client.post("/v1/score", headers={"host": "x/healthz?"}, content=b"{}")
+        assert answer.status_code in (400, 401)
+    request = SimpleNamespace(
+        scope={"path": "/v1/score"}, url=SimpleNamespace(path="/healthz"), headers={}, method="GET",
+        state=SimpleNamespace(),
+    )  # fmt: skip
+    with pytest.raises(UnauthenticatedError):
+        HttpGate(Gate(registry(tmp_path)), HttpSettings()).enter(request)  # type: ignore[arg-type]
+
+
+def test_nobody_has_no_rights_where_tenants_are_told_apart(tmp_path: Path) -> None:
+    gate = Gate(registry(tmp_path))
+    with pytest.raises(UnauthenticatedError):
+        gate.check_request(None, "math")
+    with pytest.raises(UnauthenticatedError):
+        gate.check_hidden_states(None)

@@ -53,3 +53,13 @@ def test_a_dead_engine_is_nobodys_fault_and_spares_the_rest() -> None:
     assert [type(outcome) for outcome in result.outcomes] == [TeacherUnavailableError] * 3
     assert engine.batches == [["a", "b", "c"], ["a"], ["canary"]]
     assert result.verdict is not None and result.verdict.state is CanaryState.FAILED
+
+
+def test_what_an_unsound_engine_has_kept_is_forgotten() -> None:
+    engine, guard = guarded()
+    guard.check()
+    assert engine.num_forgotten == 0
+    engine.is_broken = True
+    assert not guard.check().is_sound
+    guard.score([named("a")])
+    assert engine.num_forgotten >= 2

@@ -41,3 +41,11 @@ def test_keys_tell_prompts_apart_whatever_their_memory_looks_like() -> None:
     ids = np.arange(20, dtype=np.int32)
     assert prompt_key(ids[::2]) == prompt_key(ids[::2].copy()) == prompt_key(ids[::2].astype(np.int64))
     assert len({prompt_key(ids), prompt_key(ids[:-1]), prompt_key(ids[::-1])}) == 3
+
+
+def test_what_is_not_finite_is_not_kept() -> None:
+    cache = PrefixCache(10)
+    broken = prefix(4)
+    broken.last_hidden_H[3] = torch.nan
+    cache.put(b"a", broken)
+    assert b"a" not in cache and cache.num_tokens == 0
