@@ -1,7 +1,7 @@
 """Redis access rules: what a tenant's user, and a pool's, may touch.
 
 A tenant has its own keys, the three shared ones it wakes the pool with, and the right to read limits, handshake and
-alias. Redis 6.2 knows no read-only key patterns: there these three are guarded by the list of commands alone. Scripts
+alias. Redis 6.2 knows no read-only key patterns: there a tenant can write these three, of the whole pool. Scripts
 run with the rights of their caller, and a tenant may send scripts of its own, so admission binds only tenants that
 play by the rules; what a tenant gets of the pool is decided in `take`, with rights that no tenant has.
 """
