@@ -30,6 +30,8 @@ STUDENT = "student-base"
 HELD_OUT = DATA / "heldout.jsonl"
 TRAIN = DATA / "train.jsonl"
 _INTERRUPTED = 130
+# As in the configuration; a shorter run warms up no longer than it is.
+_WARMUP_STEPS = 3
 
 
 class Terminated(Exception):
@@ -88,7 +90,9 @@ def overrides(stack: Stack, student: str, seed: int, steps: int | None, run_dir:
         f"run_dir={json.dumps(str(run_dir))}",
         f"seed={seed}",
     ]
-    return [*values, f"steps={steps}"] if steps is not None else values
+    if steps is None:
+        return values
+    return [*values, f"steps={steps}", f"optim.warmup_steps={min(_WARMUP_STEPS, steps)}"]
 
 
 def latest_checkpoint(run_dir: Path) -> Path:

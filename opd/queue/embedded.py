@@ -109,7 +109,10 @@ class EmbeddedRedis:
         """Starts the server and waits until it answers; ConfigError when another one lives in the folder."""
         if threading.current_thread() is not threading.main_thread():
             raise ConfigError("embedded redis: was started outside the main thread; start it there")
-        self.data_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.data_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"data_dir={self.data_dir}: cannot be made ({error.strerror}); choose another") from None
         if not self._over_tcp and self._answers():
             raise ConfigError(f"data_dir={self.data_dir}: another redis runs in it; give each its own folder")
         if self._over_tcp and self._port == 0:

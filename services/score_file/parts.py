@@ -27,17 +27,19 @@ class PartStore:
     def __init__(self, settings: ScoreFileSettings) -> None:
         self._settings = settings
         self._folder = settings.target.with_name(f"{settings.target.name}.parts")
+        # What is to be scored anew stays until the new scores are whole.
+        self._replaces_target = settings.overwrite
 
     def open(self, manifest: dict[str, Any]) -> None:
         """Makes the folder, or finds it as this run would have left it; `ConfigError` for another's."""
         self._manifest = manifest
         try:
+            self._check_target()
             if self._settings.overwrite:
                 shutil.rmtree(self._folder, ignore_errors=True)
-                self._settings.target.unlink(missing_ok=True)
-            if self._settings.target.exists():
+            if self.is_finished:
                 self._check(self._finished_manifest(), self._settings.target)
-            elif self._manifest_path.exists():
+            elif self._manifest_path.exists() and any(self._folder.glob("part-*.parquet")):
                 self._check(json.loads(self._manifest_path.read_text(encoding="utf-8")), self._folder)
             else:
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,7 @@ class PartStore:
 
     @property
     def is_finished(self) -> bool:
-        return self._settings.target.exists()
+        return self._settings.target.exists() and not self._replaces_target
 
     def finished_keys(self, part: int) -> list[bytes] | None:
         """Content keys of a whole part's rows; None where it has still to be scored."""
@@ -81,9 +83,18 @@ class PartStore:
 
         try:
             self._rename(self._settings.target, write)
+            self._replaces_target = False
             shutil.rmtree(self._folder)
         except OSError as error:
             raise self._refused(error) from error
+
+    def _check_target(self) -> None:
+        """Nothing that is not ours is ever written over."""
+        target = self._settings.target
+        if target.resolve() == self._settings.source.resolve():
+            raise ConfigError(f"--out {target}: is the file that is read; choose another")
+        if target.exists() and not self._finished_manifest():
+            raise ConfigError(f"--out {target}: is there and no output of opd score; choose another")
 
     @property
     def _manifest_path(self) -> Path:
@@ -95,7 +106,7 @@ class PartStore:
     def _finished_manifest(self) -> Any:
         try:
             metadata = pq.read_schema(self._settings.target).metadata or {}
-        except pa.ArrowException:
+        except (pa.ArrowException, OSError):
             metadata = {}
         return json.loads(metadata.get(_METADATA_KEY, b"{}"))
 

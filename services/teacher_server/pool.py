@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import re
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -229,6 +230,8 @@ def dead_letter(redis_url: str | None, teacher: str, tenant: str, dead_id: str) 
 
 def requeue_dead_letter(redis_url: str | None, teacher: str, tenant: str, dead_id: str) -> str:
     """`opd pool dead requeue`: returns the new entry id."""
+    if not re.fullmatch(r"\d+-\d+", dead_id):
+        raise ConfigError(f"DEAD_ID={dead_id}: is no entry id; take one that `opd pool dead list` shows")
     return _with_pool(redis_url, teacher, lambda connection, pool: requeue_dead(connection, pool, tenant, dead_id))
 
 

@@ -156,6 +156,10 @@ class TeacherClient:
         """Refuses another id map, missing capabilities and limits below what the run asks for."""
         for warning in check_same_vocabulary(self._vocabulary, self._student_name, info):
             _log.warning("%s", warning)
+        if info.teacher != self._wants.teacher.partition("@")[0]:
+            raise UnsupportedError(
+                f"teacher {self._wants.teacher}: the replica there serves {info.teacher}; set teacher.pool to that"
+            )
         self._check_capabilities(info)
         self._check_limits(info)
         self._info = info
@@ -172,8 +176,8 @@ class TeacherClient:
         missing = sorted(needed - info.capabilities)
         if missing:
             raise UnsupportedError(
-                f"teacher {info.teacher} ({info.engine}) cannot supply {', '.join(missing)}; use a teacher with the "
-                "transformers engine, or leave out the setting that needs it"
+                f"teacher {info.teacher} ({info.engine}) cannot supply {', '.join(missing)}; use a teacher that does "
+                "(engine=transformers; for hidden states hidden_states.enabled=true)"
             )
 
     def _check_limits(self, info: TeacherInfo) -> None:

@@ -29,14 +29,15 @@ class TeacherLink:
 
 def connect_teachers(settings: TrainSettings, opened: ExitStack) -> dict[str, TeacherLink]:
     """Connects every teacher of the run; what is connected is closed with `opened`."""
-    clients: dict[tuple[str, str, str, Path | None], SyncScoreClient] = {}
+    clients: dict[tuple[str | Path | None, ...], SyncScoreClient] = {}
     links = {}
     for name, teacher in settings.teachers_by_name().items():
         url = teacher.url or read_secret("OPD_REDIS_URL")
         if not url:
             field = f"teachers.{name}.url" if name else "teacher.url"
             raise ConfigError(f"{field}: is empty and OPD_REDIS_URL is not set; set one to redis://HOST:PORT/DB")
-        place = url, teacher.pool, teacher.tenant, teacher.token_file
+        files = teacher.token_file, teacher.ca_file, teacher.cert_file, teacher.key_file
+        place = url, teacher.pool, teacher.tenant, *files
         if place not in clients:
             clients[place] = _connect(url, teacher, opened)
         links[name] = TeacherLink(settings=teacher, client=clients[place])

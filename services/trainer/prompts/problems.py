@@ -7,16 +7,18 @@ is a `ConfigError` that names file, row and column.
 
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from opd.errors import ConfigError
 from services.trainer.templates import get_template, recognize
 
 logger = logging.getLogger(__name__)
 
+Rows: TypeAlias = Generator[Mapping[str, Any], None, None]
 _ROLES = ("system", "user", "assistant")
 
 
@@ -62,7 +64,9 @@ def load_problems(
     for a bare question. With `teacher_column` every row has to name one of its teachers. Raises `ConfigError` naming
     file, row and column.
     """
-    problems = [_problem(row, index, data, teacher_column) for index, row in enumerate(_rows(data, split))]
+    # A bad row ends the reading, which must not leave its file open.
+    with closing(_rows(data, split)) as rows:
+        problems = [_problem(row, index, data, teacher_column) for index, row in enumerate(rows)]
     if not problems:
         raise ConfigError(f"data {data}: it has no rows; give a prompt set with at least one")
     if template is None:
@@ -79,7 +83,7 @@ def retemplate(problem: PromptProblem, template: str) -> PromptProblem:
     return replace(problem, template=template, messages=(*problem.messages[:-1], last))
 
 
-def _rows(data: str, split: str) -> Iterator[Mapping[str, Any]]:
+def _rows(data: str, split: str) -> Rows:
     path = Path(data)
     if path.suffix in (".parquet", ".jsonl"):
         if not path.is_file():
@@ -90,7 +94,7 @@ def _rows(data: str, split: str) -> Iterator[Mapping[str, Any]]:
     return _dataset_rows(data, split)
 
 
-def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def _parquet_rows(path: Path) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
@@ -102,7 +106,7 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         raise ConfigError(f"data {path}: not a readable parquet file ({first_line(error)}); copy it again") from error
 
 
-def _jsonl_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def _jsonl_rows(path: Path) -> Rows:
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -113,7 +117,7 @@ def _jsonl_rows(path: Path) -> Iterator[Mapping[str, Any]]:
                 raise ConfigError(f"data {path}: line {number} is not JSON ({error}); one object a line") from error
 
 
-def _dataset_rows(name: str, split: str) -> Iterator[Mapping[str, Any]]:
+def _dataset_rows(name: str, split: str) -> Rows:
     import datasets
 
     try:
