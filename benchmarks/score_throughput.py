@@ -27,9 +27,9 @@ MIN_TIMES_VLLM = 1.5
 def main() -> None:
     """Parses before anything heavy is imported."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=3, help="of 16 sequences, in one round (default 3)")
+    parser.add_argument("--batches", type=int, default=2, help="of 16 sequences, in one round (default 2)")
     parser.add_argument("--rounds", type=int, default=3, help="of all sides in turn (default 3)")
-    parser.add_argument("--threads", type=int, default=1, help="of every side's tensor library (default 1)")
+    parser.add_argument("--threads", type=int, default=2, help="of every side's tensor library (default 2)")
     parser.add_argument("--vllm", type=Path, default=Path(".venv-vllm"), help="virtual environment with vLLM")
     parser.add_argument("--quick", action="store_true", help="one round of one batch, without vLLM")
     args = parser.parse_args()
