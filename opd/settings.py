@@ -57,7 +57,8 @@ def read_secret_file(name: str, path: Path) -> str:
     try:
         secret = path.expanduser().read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name}={path}: cannot be read ({error}); mount the secret or unset it") from None
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        raise ConfigError(f"{name}={path}: cannot be read ({reason}); give the path of a file that can") from None
     if not secret:
         raise ConfigError(f"{name}={path}: is empty; write the secret into it or unset it")
     return secret

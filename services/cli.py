@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from opd.errors import ConfigError, OpdError
+from opd.errors import ConfigError, InvalidRequestError, OpdError
 from services.pool_cli import pool_app
 from services.score_cli import score
 from services.tenants_cli import app as tenants_app
@@ -134,7 +134,7 @@ def main() -> None:
     """Runs the command; every error of the tree is one line and an exit code."""
     try:
         app()
-    except ConfigError as error:
+    except (ConfigError, InvalidRequestError) as error:
         _fail(error, 2)
     except OpdError as error:
         _fail(error, 1)

@@ -8,6 +8,7 @@ replica before is delivered alone, and nothing else is taken until it is answere
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -69,6 +70,7 @@ class ScoreConsumer:
         self._connection = connection
         self._keys = PoolKeys(check_pool(pool))
         self._held: dict[tuple[str, str], Delivery] = {}
+        self._charges: Counter[str] = Counter()
         self._changed = asyncio.Event()
 
     @classmethod
@@ -119,11 +121,10 @@ class ScoreConsumer:
         without the queue since the last take: it counts against their share.
         """
         give_up_at = time.monotonic() + wait_s
-        spent = dict(spent_directly or {})
+        self._charges.update(spent_directly or {})
         while True:
-            work = self._take_now(token_budget, max_entries, spent)
+            work = self._take_now(token_budget, max_entries)
             deliveries, must_drain = await _unless_cancelled(work, self._undo)
-            spent = {}
             remaining_s = give_up_at - time.monotonic()
             if deliveries or remaining_s <= 0:
                 return deliveries
@@ -188,17 +189,19 @@ class ScoreConsumer:
     def _head(self) -> tuple[str, str, str]:
         return self._keys.active, self._keys.prefix, self.name
 
-    async def _take_now(
-        self, token_budget: int, max_entries: int, spent: Mapping[str, int]
-    ) -> tuple[list[Delivery], bool]:
+    async def _take_now(self, token_budget: int, max_entries: int) -> tuple[list[Delivery], bool]:
         if any(delivery.delivery_count > 1 for delivery in self._held.values()):
             return [], True
         rules = self.rules
         numbers = (rules.lease_ms, rules.max_deliveries, len(self._held), rules.quantum_tokens, rules.reply_ttl_ms)
-        charges = [part for charge in spent.items() for part in charge]
-        rows, must_drain = await self._connection.script(
-            "take", *self._head, token_budget, max_entries, *numbers, *charges
+        charges = Counter(self._charges)
+        flat = [part for charge in charges.items() for part in charge]
+        rows, must_drain, is_charged = await self._connection.script(
+            "take", *self._head, token_budget, max_entries, *numbers, *flat
         )
+        if is_charged:
+            # What was added meanwhile is charged the next time; a take that failed or had other cares charged nothing.
+            self._charges -= charges
         bare = [_read_row(row) for row in rows]
         for delivery in bare:
             self._held[self._key_of(delivery)] = delivery

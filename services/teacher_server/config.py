@@ -96,7 +96,7 @@ class HiddenStatesSettings(Settings):
 
     enabled: bool = False
     """Off unless told: a right of its own beside scoring."""
-    chunk_bytes: int = Field(default=1 << 20, ge=1024, le=1 << 28)
+    chunk_bytes: int = Field(default=1 << 20, ge=1024, le=1 << 25)
     """Of one message of ScoreStream or GetOutputHead; a single row may be longer."""
 
 
@@ -180,7 +180,8 @@ class TeacherConfig(Settings):
     """TOML file of `opd tenants`: tokens, weights, caps and rights, followed while running. Unset lets everybody in
     and leaves the queue's limits as they are."""
     trust_network: bool = False
-    """The listeners' network is private: they may leave loopback without tokens, and with tokens without TLS."""
+    """The network is private: listeners may leave loopback without tokens, and with tokens without TLS; the password of
+    Redis may travel without TLS too."""
     vllm: VllmSettings = VllmSettings()
     """See VllmSettings."""
     replica: str = ""

@@ -76,8 +76,9 @@ class TeacherServicer(pb_grpc.TeacherServiceServicer):
 
     def _scoring_of(self, teacher: str) -> TeacherScoring:
         scoring = self._slot.get()
-        if teacher not in ("", scoring.info().teacher):
-            raise UnknownTeacherError(f"teacher={teacher[:80]!r}: this replica serves {scoring.info().teacher!r}")
+        info = scoring.info()
+        if teacher not in ("", info.teacher, f"{info.teacher}@{info.fingerprint}"):
+            raise UnknownTeacherError(f"teacher={teacher[:80]!r}: this replica serves {info.teacher!r}")
         return scoring
 
     async def _score(self, message: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:

@@ -208,7 +208,7 @@ def _meet_teachers(
 def _teacher_head(
     settings: TrainSettings, links: dict[str, TeacherLink], teachers: TeacherRouter, loaded: LoadedModel
 ) -> TeacherHead | None:
-    """Fetched before anything is sampled: whoever has no right to it is told at once."""
+    """Fetched before anything is sampled; a head that is cached already is not asked for, nor the right to it."""
     if settings.objective.kind is not ObjectiveKind.FULL_VOCABULARY:
         return None
     device = next(loaded.model.parameters()).device

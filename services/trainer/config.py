@@ -277,8 +277,9 @@ class TrainSettings(Settings):
             )
         scheme = self.teacher.url.partition("://")[0]
         if self.objective.kind is ObjectiveKind.FULL_VOCABULARY and scheme not in ("grpc", "grpcs"):
+            shown = f"{scheme}://..." if scheme else "(empty)"
             raise ValueError(
-                f"objective.kind=full_vocabulary with teacher.url={scheme}://...: hidden states "
+                f"objective.kind=full_vocabulary with teacher.url={shown}: hidden states "
                 "travel over gRPC alone; set teacher.url to grpc://HOST:PORT"
             )
         if self.evaluation.every_steps and not self.evaluation.files:

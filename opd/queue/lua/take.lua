@@ -1,7 +1,8 @@
 -- Leases entries to one replica: handed-back ones first, then new ones by deficit round robin over tenants.
 -- ARGV: prefix, consumer, token_budget, max_entries, lease_ms, max_deliveries, num_held, quantum_tokens, reply_ttl_ms,
 -- then tenant and tokens in turn: what the caller has scored for tenants that came to it directly.
--- Returns {deliveries, must_drain}; a delivery is {tenant, entry_id, rollout_id, incarnation, tokens, delivery_count,
+-- Returns {deliveries, must_drain, is_charged}, the last telling whether those tokens went off the tenants' credit; a
+-- delivery is {tenant, entry_id, rollout_id, incarnation, tokens, delivery_count,
 -- age_ms, remaining_ms, attempt}. The tokens fit the budget, except that one entry larger than all of it comes alone.
 -- A suspect (its lease ran out with a replica) comes alone and only to a replica that holds nothing: whoever goes down
 -- with it takes nobody else's delivery count up. `must_drain` asks the caller to finish what it holds for that.
@@ -397,10 +398,10 @@ if suspects[1] and num_held == 0 then
   redis.call('DEL', key('drain'))
   push_wake()
   count('redelivered', 1)
-  return {taken, 0}
+  return {taken, 0, 0}
 end
 if suspects[1] and is_drainer() then
-  return {{}, 1}
+  return {{}, 1, 0}
 end
 local is_full = token_budget == 0
 for _, item in ipairs(returned) do
@@ -413,7 +414,7 @@ if is_full then
   serve_newcomers(tenants)
   lease(tenants)
   count('delivered', #taken)
-  return {taken, 0}
+  return {taken, 0, 1}
 end
 local turn, has_quantum = run_rounds(tenants, ring[1], ring[2] == '1')
 lease(tenants)
@@ -424,4 +425,4 @@ elseif num_looks_left > 0 and not after_tenants then
   redis.call('DEL', key('wake'), key('newcomers'))
 end
 count('delivered', #taken)
-return {taken, 0}
+return {taken, 0, 1}

@@ -56,8 +56,8 @@ class ScriptBench:
         self.must_drain = False
         numbers = (budget, max_entries, lease_ms, max_deliveries, held, quantum, 60_000)
         charges = [part for charge in (spent or {}).items() for part in charge]
-        rows, drain = await self.run("take", consumer, *numbers, *charges)
-        self.must_drain = bool(drain)
+        rows, drain, is_charged = await self.run("take", consumer, *numbers, *charges)
+        self.must_drain, self.is_charged = bool(drain), bool(is_charged)
         names = ("tenant", "id", "rollout_id", "incarnation", "tokens", "count", "age_ms", "remaining_ms", "attempt")
         return [
             {

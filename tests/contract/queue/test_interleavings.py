@@ -64,7 +64,7 @@ class World:
         held = self.held[replica]
         if any(item[5] > 1 for item in held):
             return
-        rows, _ = await self.run("take", replica, budget, 3, 600_000, 4, len(held), 50, 60_000)
+        rows, _, _ = await self.run("take", replica, budget, 3, 600_000, 4, len(held), 50, 60_000)
         fresh, again = [row for row in rows if row[5] == 1], [row for row in rows if row[5] > 1]
         assert not again or (len(rows) == 1 and not held)
         assert sum(row[4] for row in fresh) <= budget or len(rows) == 1 or budget == 0

@@ -54,7 +54,7 @@ async def test_a_dead_letter_is_listed_shown_and_put_back(redis_url: str) -> Non
     with Redis.from_url(redis_url) as redis:
         assert redis.xlen(PoolKeys("qwen").requests("math")) == 1
     again = await pool(redis_url, "dead", "requeue", "math", letter["dead_id"], "--teacher", "qwen")
-    assert (again.returncode, again.stderr.count("\n")) == (1, 1) and "not there" in again.stderr
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1) and "not there" in again.stderr
 
 
 async def test_promoting_to_a_pool_nobody_knows_is_one_line(redis_url: str) -> None:

@@ -270,3 +270,24 @@ async def test_an_answer_that_redis_could_not_take_leaves_nothing_on_our_books(m
     assert await asyncio.gather(*tasks) == [b"scores", b"scores"]
     await client.close()
     await one.close()
+
+
+async def test_what_direct_callers_had_is_charged_by_a_take_that_leases_and_by_no_other(
+    redis_url: str, client: QueueScoreClient
+) -> None:
+    one, two = await connect(redis_url, "one"), await connect(redis_url, "two")
+    (task,) = await send(client, 1)
+    await one.take(token_budget=100)
+    await asyncio.sleep(0.3)
+    # The lapsed one comes alone, so nothing else is looked at.
+    (suspect,) = await two.take(token_budget=100, wait_s=1.0, spent_directly={"math": 500})
+    assert suspect.delivery_count == 2
+    assert await two.complete(suspect, b"scores") and await task == b"scores"
+    with Redis.from_url(redis_url) as redis:
+        before = float(redis.hget(KEYS.deficits, "math") or 0)
+        (task,) = await send(client, 1, first=1)
+        (delivery,) = await two.take(token_budget=10_000, wait_s=1.0)
+        assert float(redis.hget(KEYS.deficits, "math")) <= before + QUICK.quantum_tokens - 500
+    assert await two.complete(delivery, b"scores") and await task == b"scores"
+    await two.close()
+    await one.close()
