@@ -17,7 +17,8 @@ from opd.errors import OpdError
 from opd.queue.dead_letters import DeadLetter
 from opd.queue.status import PoolStatus
 from opd.types import ScoreRequest
-from services.teacher_server.pool import PoolWatch, opened_queue
+from services.teacher_server.pool import PoolWatch
+from services.teacher_server.queue_access import QueueAccess
 
 _WINDOW_S = 10.0
 _MAX_IDS_SHOWN = 64
@@ -42,31 +43,31 @@ class SpeedGauge:
         return (last - first) / (last_at - first_at) if last_at > first_at else None
 
 
-def print_status(redis_url: str | None, teachers: Sequence[str], *, as_json: bool) -> None:
+def print_status(access: QueueAccess, teachers: Sequence[str], *, as_json: bool) -> None:
     """`opd pool status --once` and `--json`; an unreachable Redis is the error it is."""
-    states = asyncio.run(_read_once(redis_url, teachers))
+    states = asyncio.run(_read_once(access, teachers))
     if as_json:
         _print_json({"teachers": {name: dataclasses.asdict(state) for name, state in states.items()}})
         return
     _console().print(render(states, {}))
 
 
-def watch_status(redis_url: str | None, teachers: Sequence[str], *, every_s: float) -> None:
+def watch_status(access: QueueAccess, teachers: Sequence[str], *, every_s: float) -> None:
     """`opd pool status`: until Ctrl-C; a Redis that goes away is said and waited for."""
     try:
-        asyncio.run(_watch(redis_url, teachers, every_s))
+        asyncio.run(_watch(access, teachers, every_s))
     except KeyboardInterrupt:
         return
 
 
-async def _read_once(redis_url: str | None, teachers: Sequence[str]) -> dict[str, PoolStatus]:
-    async with opened_queue(redis_url) as connection:
+async def _read_once(access: QueueAccess, teachers: Sequence[str]) -> dict[str, PoolStatus]:
+    async with access.opened() as connection:
         return await PoolWatch(connection, teachers, cache_s=0.0).read()
 
 
-async def _watch(redis_url: str | None, teachers: Sequence[str], every_s: float) -> None:
+async def _watch(access: QueueAccess, teachers: Sequence[str], every_s: float) -> None:
     gauge = SpeedGauge()
-    async with opened_queue(redis_url) as connection:
+    async with access.opened() as connection:
         watch = PoolWatch(connection, teachers, cache_s=0.0)
         with Live(console=Console(), auto_refresh=False, screen=False) as live:
             while True:

@@ -5,12 +5,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis import Redis
 
+from opd.errors import ConfigError
+from opd.lifecycle import Shutdown
 from opd.queue.keys import PoolKeys
 from opd.queue.score_consumer import ScoreConsumer
+from services.teacher_server.pool import PoolConfig, serve_pool
 from tests.integration.queue.test_pool_service import bury_one
 
 ROOT = Path(__file__).parents[3]
@@ -55,6 +59,27 @@ async def test_a_dead_letter_is_listed_shown_and_put_back(redis_url: str) -> Non
         assert redis.xlen(PoolKeys("qwen").requests("math")) == 1
     again = await pool(redis_url, "dead", "requeue", "math", letter["dead_id"], "--teacher", "qwen")
     assert (again.returncode, again.stderr.count("\n")) == (2, 1) and "not there" in again.stderr
+
+
+async def test_a_password_goes_to_another_machine_only_where_the_network_is_trusted(
+    make_redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = make_redis(over_tcp=True)
+    password, _, address = server.url.removeprefix("redis://:").partition("@")
+    monkeypatch.setenv("OPD_REDIS_PASSWORD", password)
+    # This machine too, and not known as such.
+    url = f"redis://{address.replace('127.0.0.1', '127.1')}"
+    refused = await pool(url, "dead", "list")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "clear text to 127.1" in refused.stderr and "--trust-network" in refused.stderr
+    for command in (["dead", "list"], ["status", "--json"]):
+        trusted = await pool(url, *command, "--trust-network")
+        assert trusted.returncode == 0, trusted.stderr
+    with pytest.raises(ConfigError, match="clear text"):
+        await serve_pool(PoolConfig(teachers=("qwen",), redis_url=url, port=0), Shutdown())
+    config = PoolConfig(teachers=("qwen",), redis_url=url, port=0, trust_network=True)
+    shutdown = Shutdown()
+    await serve_pool(config, shutdown, lambda _port: shutdown.request("test"))
 
 
 async def test_promoting_to_a_pool_nobody_knows_is_one_line(redis_url: str) -> None:
