@@ -111,7 +111,7 @@ async def serving(
             linger_s=batching.linger_ms / 1000,
         )
         readiness.clear(Part.START)
-        intake = QueueIntake(config, url, scoring, readiness=readiness, replica=config.replica)
+        intake = QueueIntake(config, QueueConnection(url), scoring, readiness=readiness, replica=config.replica)
         await intake.start()
         tasks = [asyncio.create_task(scoring.run()), asyncio.create_task(intake.run())]
         try:

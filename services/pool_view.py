@@ -90,14 +90,21 @@ def render(states: dict[str, PoolStatus], speeds: dict[str, float | None]) -> Re
     """One block per teacher: its line of totals, its replicas, its tenants."""
     blocks: list[RenderableType] = []
     for name, state in states.items():
-        blocks += [_headline(name, state, speeds.get(name)), _replicas(state), _tenants(state), Text()]
+        if state.is_known:
+            blocks += [_headline(name, state, speeds.get(name)), _replicas(state), _tenants(state), Text()]
+        else:
+            blocks += [_unknown(name, state), Text()]
     return Group(*blocks[:-1])
 
 
+def _unknown(name: str, state: PoolStatus) -> Text:
+    """A pool that is idle looks otherwise: it was served once."""
+    text = _name(name, state)
+    return text.append("   no such pool: nobody ever served or asked it; correct the name", style="not bold yellow")
+
+
 def _headline(name: str, state: PoolStatus, speed: float | None) -> Text:
-    text = Text(f"{name}", style="bold")
-    if state.pool != name:
-        text.append(f" -> {state.pool}", style="not bold")
+    text = _name(name, state)
     num_replicas = len(state.replicas)
     parts = [f"{num_replicas} replica{'' if num_replicas == 1 else 's'}"]
     parts.append(f"backlog {state.backlog_tokens:,} tokens in {state.backlog_entries:,} requests")
@@ -109,6 +116,11 @@ def _headline(name: str, state: PoolStatus, speed: float | None) -> Text:
     if state.dead_letters:
         text.append(f", {state.dead_letters} dead letter{'' if state.dead_letters == 1 else 's'}", style="bold red")
     return text
+
+
+def _name(name: str, state: PoolStatus) -> Text:
+    text = Text(name, style="bold")
+    return text if state.pool == name else text.append(f" -> {state.pool}", style="not bold")
 
 
 def _replicas(state: PoolStatus) -> RenderableType:

@@ -31,10 +31,16 @@ async def pool(url: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
 async def test_the_status_in_words_and_as_json(redis_url: str) -> None:
     consumer = await ScoreConsumer.connect(redis_url, pool="qwen", name="one")
     await consumer.announce(b"of another version", expiry_s=200.0)
-    found = await pool(redis_url, "status", "qwen", "empty", "--once")
+    idle = await ScoreConsumer.connect(redis_url, pool="idle", name="gone")
+    await idle.publish_info(b"handshake")
+    await idle.close()
+    found = await pool(redis_url, "status", "qwen", "idle", "nothere", "--once")
     assert found.returncode == 0, found.stderr
-    assert "qwen   1 replica, backlog 0 tokens" in found.stdout and "no live replica" in found.stdout
-    states = json.loads((await pool(redis_url, "status", "qwen", "--json")).stdout)["teachers"]
+    assert "qwen   1 replica, backlog 0 tokens" in found.stdout
+    assert "idle   0 replicas, backlog 0 tokens" in found.stdout and "no live replica" in found.stdout
+    assert "nothere   no such pool" in found.stdout and "nothere   0 replicas" not in found.stdout
+    states = json.loads((await pool(redis_url, "status", "qwen", "nothere", "--json")).stdout)["teachers"]
+    assert (states["qwen"]["is_known"], states["nothere"]["is_known"]) == (True, False)
     (replica,) = states["qwen"]["replicas"]
     assert (replica["replica_id"], replica["fingerprint"]) == ("one", "")
     assert 0 <= replica["age_s"] < 190

@@ -203,7 +203,6 @@ async def test_tls_and_mutual_tls(tmp_path: Path) -> None:
     async with serving(tmp_path / "tls", grpc_tls=TlsSettings(**pair)) as service:
         assert await can_score(service, ca_file=ours.ca_file)
         assert not await can_score(service, ca_file=theirs.ca_file)
-        assert not await can_score(service)
     mutual = TlsSettings(**pair, client_ca_file=ours.ca_file)
     async with serving(tmp_path / "mtls", grpc_tls=mutual) as service:
         mine = {"cert_file": client_pair.cert_file, "key_file": client_pair.key_file}
@@ -239,6 +238,28 @@ async def test_http_over_tls_with_tokens(tmp_path: Path) -> None:
             for open_path in ("/healthz", "/readyz", "/metrics"):
                 assert (await client.get(open_path)).status_code == 200
             assert 'opd_teacher_requests_total{tenant="math"} 1.0' in (await client.get("/metrics")).text
+
+
+async def test_a_url_that_speaks_the_wrong_way_says_which_to_write(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "ca")
+    pair = authority.issue("server")
+    tls = TlsSettings(cert_file=pair.cert_file, key_file=pair.key_file)
+    mutual = TlsSettings(cert_file=pair.cert_file, key_file=pair.key_file, client_ca_file=authority.ca_file)
+    for number, (settings, given, right) in enumerate(
+        (
+            (tls, "grpc", "speaks TLS; write grpcs"),
+            (mutual, "grpc", "speaks TLS; write grpcs"),
+            (None, "grpcs", "does not speak TLS; write grpc"),
+        )
+    ):
+        async with serving(tmp_path / str(number), grpc_tls=settings) as service:
+            place = f"127.0.0.1:{service.grpc_port}"
+            client = ScoreClient.connect(f"{given}://{place}", teacher="tiny", tenant="math")
+            async with client:
+                # Not tried again: it is an error of the URL's.
+                for ask in (client.info(), client.score(make_request())):
+                    with pytest.raises(ConfigError, match=rf"^url={given}://{place}: {right}://{place}$"):
+                        await ask
 
 
 async def test_mutual_tls_over_http(tmp_path: Path) -> None:
