@@ -100,12 +100,6 @@ class FairBatcher:
         """Tickets not yet in a batch, cancelled ones not counted."""
         return self._num_waiting
 
-    def waiting_tokens(self) -> int:
-        """Tokens not yet in a batch."""
-        return sum(
-            ticket.num_tokens for lane in self._lanes.values() for ticket in lane.waiting if not ticket.is_settled
-        )
-
     def held_tokens(self, intake: Intake | None = None, tenant: str | None = None) -> int:
         """Tokens in the ledger, waiting or being scored."""
         return sum(

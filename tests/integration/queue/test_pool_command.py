@@ -15,7 +15,7 @@ from opd.lifecycle import Shutdown
 from opd.queue.keys import PoolKeys
 from opd.queue.score_consumer import ScoreConsumer
 from services.teacher_server.pool import PoolConfig, serve_pool
-from tests.integration.queue.test_pool_service import bury_one
+from tests.integration.queue.test_pool_service import Service, bury_one
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.timeout(240)
@@ -83,9 +83,12 @@ async def test_a_password_goes_to_another_machine_only_where_the_network_is_trus
         assert trusted.returncode == 0, trusted.stderr
     with pytest.raises(ConfigError, match="clear text"):
         await serve_pool(PoolConfig(teachers=("qwen",), redis_url=url, port=0), Shutdown())
+    service = Service()
     config = PoolConfig(teachers=("qwen",), redis_url=url, port=0, trust_network=True)
-    shutdown = Shutdown()
-    await serve_pool(config, shutdown, lambda _port: shutdown.request("test"))
+    serving = asyncio.create_task(serve_pool(config, service.shutdown, service.port.set_result))
+    assert (await service.get("/healthz")).json() == {"status": "ok"}
+    service.shutdown.request("test")
+    await serving
 
 
 async def test_promoting_to_a_pool_nobody_knows_is_one_line(redis_url: str) -> None:
