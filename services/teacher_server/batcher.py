@@ -55,6 +55,8 @@ class Ticket:
     """On the clock of `admitted_at_s`."""
     is_dealt: bool = False
     """Handed out in a batch."""
+    is_scored: bool = False
+    """Its batch is done; whoever asked may still be reading."""
     is_settled: bool = False
     """Answered or given up; out of the ledger."""
 
