@@ -89,7 +89,7 @@ class TeacherClient:
                         "start one with `opd teacher serve` or raise teacher.wait_s"
                     ) from error
                 if now >= next_message:
-                    on_wait(f"waiting for a replica of teacher pool {self._wants.teacher}")
+                    on_wait(f"waiting for a replica of teacher pool {self._wants.teacher} ({error.message})")
                     next_message = now + _MESSAGE_EVERY_S
                 time.sleep(min(_POLL_S, max(0.0, deadline - now)))
 
