@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from opd.errors import CheckpointError, ConfigError
-from opd.ops import FullVocabularyScores, OutputHead, full_reverse_kl, support_logprobs
+from opd.ops import REVERSE_KL, FullVocabularyScores, OutputHead, StudentScores, full_divergence, student_scores
 from services.trainer.batch import DistillBatch
 from services.trainer.config import OptimSettings
 
@@ -48,18 +48,30 @@ class Student:
         parameter: Tensor = next(self.model.parameters())
         return parameter.device
 
-    def logprobs(self, batch: DistillBatch, ids_TK: Tensor) -> Tensor:
-        """Log-probs [T, K] with gradient at `ids_TK`, at the student temperature, normalised over all defined ids."""
-        return support_logprobs(
+    def scores(
+        self,
+        batch: DistillBatch,
+        ids_TK: Tensor,
+        *,
+        support_ids_TS: Tensor | None = None,
+        wants_entropy: bool = False,
+    ) -> StudentScores:
+        """Log-probs [T, K] with gradient at `ids_TK`, at the student temperature, normalised over all defined ids.
+
+        `support_ids_TS` asks for the mass outside these ids from the same pass.
+        """
+        return student_scores(
             self._response_hidden(batch),
             output_head(self.model),
             ids_TK,
             num_defined_ids=self.num_defined_ids,
+            support_ids_TS=support_ids_TS,
+            wants_entropy=wants_entropy,
             temperature=self.temperature,
             row_chunk=self.row_chunk,
         )
 
-    def full_reverse_kl(
+    def full_divergence(
         self,
         batch: DistillBatch,
         teacher_hidden_TG: Tensor,
@@ -67,9 +79,11 @@ class Student:
         ids_TK: Tensor,
         *,
         teacher_temperature: float = 1.0,
+        beta: float = REVERSE_KL,
+        wants_entropy: bool = False,
     ) -> FullVocabularyScores:
-        """KL(student || teacher) over all defined ids with gradient, and log-probs at `ids_TK` from the same pass."""
-        return full_reverse_kl(
+        """The divergence over all defined ids with gradient, and log-probs at `ids_TK` from the same pass."""
+        return full_divergence(
             self._response_hidden(batch),
             output_head(self.model),
             teacher_hidden_TG,
@@ -78,6 +92,8 @@ class Student:
             num_defined_ids=self.num_defined_ids,
             student_temperature=self.temperature,
             teacher_temperature=teacher_temperature,
+            beta=beta,
+            wants_entropy=wants_entropy,
             row_chunk=self.row_chunk,
         )
 
