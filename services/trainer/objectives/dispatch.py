@@ -15,7 +15,8 @@ _OUTCOME_REGIONS = {OutcomeRegion.ALL: Region.ALL, OutcomeRegion.BEYOND_HORIZON:
 
 def build_objective(config: ObjectiveConfig) -> Objective:
     """Temperatures are not the objective's: they belong to the log-probs it is given."""
-    terms = [WeightedTerm(name="signal", term=_signal(config), region=Region.SUPERVISED)]
+    name = "signal" if config.uses_teacher else "outcome"
+    terms = [WeightedTerm(name=name, term=_signal(config), region=Region.SUPERVISED)]
     if config.outcome.weight:
         region = _OUTCOME_REGIONS[config.outcome.region]
         terms.append(WeightedTerm(name="outcome", term=Outcome(), weight=config.outcome.weight, region=region))
