@@ -212,7 +212,7 @@ class TeacherClient:
         if missing:
             raise UnsupportedError(
                 f"teacher {info.teacher} ({info.engine}) cannot supply {', '.join(missing)}; use a teacher that does "
-                "(engine=transformers; for hidden states hidden_states.enabled=true)"
+                "(engine=transformers; for hidden states hidden_states.enabled=true), or an objective that does without"
             )
 
     def _check_limits(self, info: TeacherInfo) -> None:

@@ -78,3 +78,14 @@ def test_it_starts_no_longer_than_responses_can_be_and_old_records_count_for_not
     assert Horizon(CONFIG, longest=8).length == 8
     assert Horizon(CONFIG, longest=100, records=[{"loss/objective": 1.0}]).length == 16
     assert np.isclose(Horizon(CONFIG, longest=100, records=[{LENGTH: 24.0}]).length, 24)
+
+
+def test_an_alarm_halves_it_and_it_may_grow_again() -> None:
+    horizon = Horizon(CONFIG, longest=100)
+    lengths = []
+    for _ in range(6):
+        horizon.shorten()
+        lengths.append(horizon.length)
+    assert lengths == [8, 4, 2, 1, 1, 1]
+    horizon.observe([agreeing(name, 20, [4] * 20) for name in ("a", "b", "c", "d")])
+    assert horizon.length == 2
