@@ -205,7 +205,7 @@ def _meet_teachers(
     settings: TrainSettings, links: dict[str, TeacherLink], loaded: LoadedModel, console: RunConsole
 ) -> tuple[Scorer, TeacherHead | None]:
     """Whoever is to score, willing to, and the output head where the objective needs one."""
-    if not links:
+    if not settings.objective.uses_teacher:
         return NoTeachers(), None
     teachers = build_router(settings, links, vocabulary=loaded.vocabulary, student_name=loaded.name)
     teachers.shake_hands(wait_s=settings.teacher.wait_s, on_wait=console.say)

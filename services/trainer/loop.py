@@ -1,8 +1,8 @@
 """On-policy distillation, one step after another: read this file first.
 
-A step samples rollouts from the student as it is, has each scored by the teacher the moment it ends, and takes one
-optimizer step on the divergence at the positions the student visited. The loop knows protocols; `run.py` makes the
-parts.
+A step samples rollouts from the student as it is, has each scored by the teacher the moment it ends (and, where the
+objective learns from outcomes, graded), and takes one optimizer step on the loss at the positions the student visited.
+The loop knows protocols; `run.py` makes the parts.
 
 Invariants: every rollout of a step was sampled by the weights the step changes (strictly on-policy); the loss is the
 mean over all trained positions however they are split; the weights change once per step, after everything that could
@@ -58,7 +58,7 @@ class StepPrompt(Protocol):
 
 
 class Scorer(Protocol):
-    """Who says what is thought of a rollout: `TeacherRouter`, or nobody."""
+    """Who scores rollouts: `TeacherRouter`, or `NoTeachers`."""
 
     def pin(self) -> dict[str, str]:
         """The fingerprint by teacher that every score of the step has to come from."""
@@ -239,12 +239,13 @@ class TrainingLoop:
             return {}, {}
         rewards = [self._reward(rollout, prompts[rollout.group]) for rollout in rollouts]
         advantages = group_advantages(rewards, [rollout.group for rollout in rollouts])
-        is_mixed = {rollout.group: value != 0.0 for rollout, value in zip(rollouts, advantages, strict=True)}
-        metrics = {
+        by_id = {rollout.rollout_id: value for rollout, value in zip(rollouts, advantages, strict=True)}
+        mixed = {rollout.group for rollout in rollouts if by_id[rollout.rollout_id]}
+        num_groups = len({rollout.group for rollout in rollouts})
+        return by_id, {
             "outcome/reward": Mean(total=sum(rewards), count=len(rewards)),
-            "outcome/zero_variance_fraction": Mean(total=list(is_mixed.values()).count(False), count=len(is_mixed)),
+            "outcome/zero_variance_fraction": Mean(total=num_groups - len(mixed), count=num_groups),
         }
-        return {rollout.rollout_id: value for rollout, value in zip(rollouts, advantages, strict=True)}, metrics
 
     def _collect(
         self,
