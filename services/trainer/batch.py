@@ -104,6 +104,11 @@ class DistillBatch:
         """T"""
         return self.sampled_ids_T.numel()
 
+    def name_position(self, row: int) -> str:
+        """How an error names one of the T positions."""
+        rollout = self.rollout_ids[int(self.rollout_index_T[row])]
+        return f"response position {int(self.position_T[row])} of rollout {rollout}"
+
 
 def micro_batches(scored: Sequence[ScoredRollout], max_tokens: int) -> list[list[ScoredRollout]]:
     """Splits rollouts, longest first, so that each part holds at most `max_tokens` tokens after padding.

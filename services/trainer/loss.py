@@ -71,7 +71,7 @@ class DistillLoss:
                 advantage_T=batch.advantage_T,
                 rollout_logprobs_T=batch.rollout_logprobs_T,
                 rollout_num_positions_T=batch.num_trained_T,
-                name_position=lambda row: _name(batch, row),
+                name_position=batch.name_position,
             )
         )
 
@@ -125,9 +125,4 @@ def _refuse_non_finite(logprobs_TK: Tensor, ids_TK: Tensor, batch: DistillBatch)
     finite_T = (logprobs_TK.detach().isfinite() | (ids_TK == PAD_ID)).all(dim=1)
     if not finite_T.all():
         row = int((~finite_T).nonzero()[0])
-        raise NonFiniteError(f"the student's log-probs at {_name(batch, row)} are not finite")
-
-
-def _name(batch: DistillBatch, row: int) -> str:
-    rollout = batch.rollout_ids[int(batch.rollout_index_T[row])]
-    return f"response position {int(batch.position_T[row])} of rollout {rollout}"
+        raise NonFiniteError(f"the student's log-probs at {batch.name_position(row)} are not finite")

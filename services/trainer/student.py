@@ -6,12 +6,13 @@ hidden states of response positions go through the head, a chunk of rows at a ti
 exist. Dropout is switched off: the loss is a divergence of the distribution that was sampled.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opd.errors import CheckpointError, ConfigError
+from opd.errors import CheckpointError, ConfigError, NonFiniteError
 from opd.ops import REVERSE_KL, FullVocabularyScores, OutputHead, StudentScores, full_divergence, student_scores
 from services.trainer.batch import DistillBatch
 from services.trainer.config import OptimSettings
@@ -102,7 +103,10 @@ class Student:
         # Recomputation of whole layers is tied to training mode in transformers; nothing else differs without dropout.
         self.model.train(self._gradient_checkpointing)
         hidden_BSH = self._hidden(batch.input_ids_BS, batch.attention_mask_BS)
-        return hidden_BSH.flatten(0, 1)[batch.hidden_index_T]
+        hidden_TH = hidden_BSH.flatten(0, 1)[batch.hidden_index_T]
+        if hidden_TH.requires_grad:
+            hidden_TH.register_hook(partial(_refuse_non_finite_gradient, batch))
+        return hidden_TH
 
     def _hidden(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
@@ -127,6 +131,14 @@ class Student:
                 f"student.model: {type(self.model).__name__} computes logits in a way not known here (off by "
                 f"{worst:.2g}); use an architecture with a linear output head"
             )
+
+
+def _refuse_non_finite_gradient(batch: DistillBatch, grad_TH: Tensor) -> None:
+    """Here the positions can still be told apart; in the weights' gradient they are one sum."""
+    finite_T = grad_TH.isfinite().all(dim=1)
+    if not finite_T.all():
+        row = int((~finite_T).nonzero()[0])
+        raise NonFiniteError(f"the gradient at {batch.name_position(row)} is not finite: the step was not applied")
 
 
 def output_head(model: Any) -> OutputHead:

@@ -11,7 +11,9 @@ from opd.errors import InternalError, NonFiniteError
 from services.trainer.batch import ScoredRollout, build_batch
 from services.trainer.loss import DistillLoss
 from services.trainer.objectives.config import ObjectiveConfig
+from services.trainer.objectives.contract import LossInputs, Needs, PositionLosses
 from services.trainer.objectives.dispatch import build_objective
+from services.trainer.objectives.objective import Objective, WeightedTerm
 from services.trainer.student import Student, output_head
 from tests.unit.trainer.tiny_training import NUM_IDS, Setup, tiny_model
 
@@ -88,6 +90,31 @@ def test_a_student_that_blew_up_is_named_by_a_rollout(scored: list[ScoredRollout
         model.lm_head.weight[5, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"^the student's log-probs at response position 0 of rollout run\.0\.\d"):
         loss(build_batch(scored))
+
+
+class Steep:
+    """Worth 0 everywhere, with a gradient that is no number at one position."""
+
+    needs = Needs(sampled=True)
+
+    def __init__(self, row: int) -> None:
+        self._row = row
+
+    def __call__(self, inputs: LossInputs) -> PositionLosses:
+        student_T = inputs.require("student_sampled_logprobs_T")
+        steep = (student_T[self._row] - student_T[self._row].detach()).abs().sqrt()
+        return PositionLosses(loss_T=torch.zeros_like(student_T).index_fill(0, torch.tensor([self._row]), 1.0) * steep)
+
+
+def test_a_gradient_that_is_no_number_is_named_though_its_loss_is_one(scored: list[ScoredRollout]) -> None:
+    row = scored[0].num_response_tokens + 1
+    objective = Objective(terms=(WeightedTerm(name="steep", term=Steep(row)),))
+    loss = DistillLoss(Student(tiny_model(1), num_defined_ids=NUM_IDS), objective, ObjectiveConfig(kind="grpo"))
+    output = loss(build_batch(scored))
+    assert output.loss_sum.item() == 0.0
+    named = rf"^the gradient at response position 1 of rollout {scored[1].rollout.rollout_id} is not finite"
+    with pytest.raises(NonFiniteError, match=named):
+        output.loss_sum.backward()
 
 
 @pytest.mark.parametrize(
