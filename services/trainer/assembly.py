@@ -24,13 +24,15 @@ from services.trainer.checkpoint import Checkpoint, CheckpointStore, TrainerStat
 from services.trainer.config import ONLY_TEACHER, OnScoreFailure, TrainSettings
 from services.trainer.console import RunConsole
 from services.trainer.evaluator import Evaluator
+from services.trainer.horizon import Horizon
 from services.trainer.http_api import RunStatus, StatusServer
-from services.trainer.loop import LoopSettings, TrainingLoop
+from services.trainer.loop import LoopSettings, Scorer, TrainingLoop
 from services.trainer.loss import DistillLoss
 from services.trainer.models import LoadedModel, load_model
 from services.trainer.objectives.config import ObjectiveKind
 from services.trainer.objectives.dispatch import build_objective
 from services.trainer.prompt_files import PreparedPrompts, prepare_prompts
+from services.trainer.rewards import AnswerReward
 from services.trainer.rollout.base import SamplingParams
 from services.trainer.rollout.transformers_engine import TransformersEngine
 from services.trainer.run_log import RunLog
@@ -39,7 +41,7 @@ from services.trainer.stop import StopSignal
 from services.trainer.student import Student, StudentOptimizer
 from services.trainer.teacher_head import TeacherHead
 from services.trainer.teacher_links import TeacherLink, build_router, connect_teachers
-from services.trainer.teachers import TeacherRouter
+from services.trainer.teachers import NoTeachers, TeacherRouter
 from services.trainer.training_run import TrainingRun
 from services.trainer.weights import SharedWeights
 
@@ -62,7 +64,7 @@ class _Parts:
     prompts: PreparedPrompts
     engine: TransformersEngine
     evaluate: Callable[[int], dict[str, float]] | None
-    teachers: TeacherRouter
+    teachers: Scorer
     teacher_head: TeacherHead | None
 
 
@@ -82,7 +84,7 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
     store = CheckpointStore(settings.run_dir / CHECKPOINTS, keep_last=settings.checkpoint.keep_last)
     checkpoint = _starting_point(log, store, resume=resume)
     _serve_status(settings, status, opened)
-    links = connect_teachers(settings, opened)
+    links = connect_teachers(settings, opened) if settings.objective.uses_teacher else {}
     source = str(checkpoint.folder) if checkpoint else settings.student.model
     loaded = load_model(source, device=settings.student.device)
     prompts = prepare_prompts(settings, loaded.tokenizer)
@@ -93,7 +95,7 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
     # Teachers may be long in coming, so they are met last.
     evaluate = _evaluator(settings, loaded, log)
     status.enter("waiting")
-    teachers = _meet_teachers(settings, links, loaded, console)
+    teachers, teacher_head = _meet_teachers(settings, links, loaded, console)
     return _Parts(
         settings=settings,
         stop=stop,
@@ -107,7 +109,7 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
         engine=engine,
         evaluate=evaluate,
         teachers=teachers,
-        teacher_head=_teacher_head(settings, links, teachers, loaded),
+        teacher_head=teacher_head,
     )
 
 
@@ -135,6 +137,8 @@ def _wire(parts: _Parts) -> TrainingRun:
         loss=DistillLoss(student, build_objective(settings.objective), settings.objective, parts.teacher_head),
         optimizer=optimizer,
         weights=SharedWeights(parts.engine),
+        reward=AnswerReward(_decoder(loaded.tokenizer)) if settings.objective.uses_outcome else None,
+        horizon=_horizon(settings, log),
         first_step=parts.checkpoint.state.step if parts.checkpoint else 0,
         interruptible=parts.stop.interruptible,
     )
@@ -199,18 +203,22 @@ def _serve_status(settings: TrainSettings, status: RunStatus, opened: ExitStack)
 
 def _meet_teachers(
     settings: TrainSettings, links: dict[str, TeacherLink], loaded: LoadedModel, console: RunConsole
-) -> TeacherRouter:
+) -> tuple[Scorer, TeacherHead | None]:
+    """Whoever is to score, willing to, and the output head where the objective needs one."""
+    if not settings.objective.uses_teacher:
+        return NoTeachers(), None
     teachers = build_router(settings, links, vocabulary=loaded.vocabulary, student_name=loaded.name)
     teachers.shake_hands(wait_s=settings.teacher.wait_s, on_wait=console.say)
-    return teachers
+    if settings.objective.kind is not ObjectiveKind.FULL_VOCABULARY:
+        return teachers, None
+    teachers.try_scoring(f"probe-{secrets.token_hex(4)}.0")
+    return teachers, _teacher_head(settings, links, teachers, loaded)
 
 
 def _teacher_head(
     settings: TrainSettings, links: dict[str, TeacherLink], teachers: TeacherRouter, loaded: LoadedModel
-) -> TeacherHead | None:
-    """Fetched before anything is sampled; a head that is cached already is not asked for, nor the right to it."""
-    if settings.objective.kind is not ObjectiveKind.FULL_VOCABULARY:
-        return None
+) -> TeacherHead:
+    """Fetched before anything is sampled, unless it is cached already."""
     device = next(loaded.model.parameters()).device
     client = links[ONLY_TEACHER].client
     head = TeacherHead(client, lambda: teachers.info(ONLY_TEACHER), folder=settings.teacher.head_cache, device=device)
@@ -285,6 +293,14 @@ def _loop_settings(settings: TrainSettings, num_steps: int) -> LoopSettings:
         aggregation=settings.objective.aggregation,
         drops_unscored=settings.teacher.on_score_failure is OnScoreFailure.DROP,
     )
+
+
+def _horizon(settings: TrainSettings, log: RunLog) -> Horizon | None:
+    """Where the last step of a resumed run left it."""
+    config = settings.objective.horizon
+    if config is None:
+        return None
+    return Horizon(config, longest=settings.rollout.max_response_tokens, records=log.steps())
 
 
 def _evaluator(settings: TrainSettings, loaded: LoadedModel, log: RunLog) -> Callable[[int], dict[str, float]] | None:
