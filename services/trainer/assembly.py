@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from opd.errors import CheckpointError, ConfigError
 from opd.queue.connection import hide_password
-from services.trainer.alarms.desk import AlarmDesk
+from services.trainer.alarms.desk import AlarmDesk, Shorten, require_hook
 from services.trainer.alarms.watch import AlarmWatch
 from services.trainer.batch import ScoredRollout, build_batch
 from services.trainer.checkpoint import Checkpoint, CheckpointStore, TrainerState
@@ -71,10 +71,14 @@ class _Parts:
     teacher_head: TeacherHead | None
 
 
-def assemble(settings: TrainSettings, stop: StopSignal, *, resume: bool) -> TrainingRun:
-    """A run that is ready to train; an `OpdError` or a signal here leaves nothing open."""
+def assemble(settings: TrainSettings, stop: StopSignal, *, resume: bool, shorten: Shorten | None = None) -> TrainingRun:
+    """A run that is ready to train; an `OpdError` or a signal here leaves nothing open.
+
+    `shorten` is what the alarms of `alarms.shorten` call.
+    """
+    require_hook(settings.alarms, shorten)
     with ExitStack() as opened:
-        run = _wire(_prepare(settings, stop, opened, resume=resume), opened)
+        run = _wire(_prepare(settings, stop, opened, resume=resume), opened, shorten)
         run.own(opened.pop_all())
     return run
 
@@ -116,7 +120,7 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
     )
 
 
-def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
+def _wire(parts: _Parts, opened: ExitStack, shorten: Shorten | None) -> TrainingRun:
     settings, loaded, log = parts.settings, parts.loaded, parts.log
     student = Student(
         loaded.model,
@@ -169,6 +173,7 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
             say=parts.console.say,
             note=loggers.log_text,
             status=parts.status,
+            shorten=shorten,
         ),
         loggers=loggers,
     )

@@ -1,13 +1,16 @@
 """Tells an alarm to everybody who should know, and does what the settings say should be done about it."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from opd.errors import ConfigError
 from services.trainer.alarms.config import AlarmSettings
 from services.trainer.alarms.contract import Alarm
 from services.trainer.alarms.history import Record
 from services.trainer.alarms.watch import AlarmWatch
+
+Shorten: TypeAlias = Callable[[Alarm], None]
+"""Makes the part of a response that is supervised shorter, from the next step on."""
 
 
 class StoppedByAlarm(Exception):
@@ -16,6 +19,15 @@ class StoppedByAlarm(Exception):
     def __init__(self, alarm: Alarm) -> None:
         super().__init__(alarm.line)
         self.alarm = alarm
+
+
+def require_hook(settings: AlarmSettings, shorten: Shorten | None) -> None:
+    """`ConfigError` where alarms are to shorten a horizon and nothing can do so."""
+    if settings.shorten and shorten is None:
+        raise ConfigError(
+            f"alarms.shorten={', '.join(settings.shorten)}: this run has no supervised horizon to shorten; configure "
+            "one, or leave it out"
+        )
 
 
 class EventLog(Protocol):
@@ -29,7 +41,7 @@ class Status(Protocol):
 class AlarmDesk:
     """Raised alarms go to events.jsonl, the terminal, the status server and, through `note`, the other loggers.
 
-    `shorten` is called with each alarm of `alarms.shorten`; `ConfigError` when there are such and it is None.
+    `shorten` is called with each alarm of `alarms.shorten`.
     """
 
     def __init__(
@@ -41,13 +53,8 @@ class AlarmDesk:
         say: Callable[[str], None],
         note: Callable[[int, str, str], None],
         status: Status,
-        shorten: Callable[[Alarm], None] | None = None,
+        shorten: Shorten | None = None,
     ) -> None:
-        if settings.shorten and shorten is None:
-            raise ConfigError(
-                f"alarms.shorten={', '.join(settings.shorten)}: this run has no supervised horizon to shorten; "
-                "configure one, or leave it out"
-            )
         self._settings = settings
         self._watch = watch
         self._log = log
