@@ -1,5 +1,8 @@
 """Rules on what the two models share: it does not grow, it collapses, or it holds too little (3, 4, 6.1, C.2)."""
 
+import math
+import statistics
+
 from services.trainer.alarms.config import CollapseSettings, MassSettings, StagnationSettings
 from services.trainer.alarms.contract import Finding
 from services.trainer.alarms.history import History, Window, bucket_means
@@ -14,31 +17,38 @@ def stagnating(history: History, settings: StagnationSettings) -> Finding | None
     """Overlap, advantage and entropy gap all stand still over the window, the reverse KL not far below its start.
 
     In a run that works all three improve (Fig 6); one that has converged stands still as well, at a low divergence.
+    What is within two standard errors is no improvement.
     """
     overlap = history.last(OVERLAP, settings.window_steps)
     start, now = history.first(REVERSE_KL, START_STEPS), history.last(REVERSE_KL, START_STEPS)
     if overlap is None or start is None or now is None or now.mean < settings.min_divergence * start.mean:
         return None
     before, after = _thirds(overlap)
-    if after - before >= settings.min_gain:
+    if after.mean - before.mean > max(settings.min_gain, _doubt(before, after)):
         return None
-    told = [f"overlap ratio {before:.4f} to {after:.4f} over {overlap.span}"]
+    told = [f"overlap ratio {before.mean:.4f} to {after.mean:.4f} over {overlap.span}"]
     for key, name in ((ADVANTAGE, "advantage"), (ENTROPY_GAP, "entropy gap")):
         window = history.last(key, settings.window_steps)
         if window is None:
             continue
         first, last = _thirds(window)
-        if abs(last) <= (1 - settings.min_improvement) * abs(first):
+        gain = abs(first.mean) - abs(last.mean)
+        if gain > max(settings.min_improvement * abs(first.mean), _doubt(first, last)):
             return None
-        told.append(f"{name} {first:.4g} to {last:.4g}")
+        told.append(f"{name} {first.mean:.4g} to {last.mean:.4g}")
     told.append(f"reverse KL {start.mean:.4g} at the start and {now.mean:.4g} now")
-    numbers = {"overlap_before": before, "overlap_after": after, "reverse_kl_start": start.mean}
+    numbers = {"overlap_before": before.mean, "overlap_after": after.mean, "reverse_kl_start": start.mean}
     return Finding(evidence=", ".join(told), numbers=numbers | {"reverse_kl_now": now.mean})
 
 
-def _thirds(window: Window) -> tuple[float, float]:
+def _thirds(window: Window) -> tuple[Window, Window]:
     third = len(window.values) // 3
-    return window.part(None, third).mean, window.part(-third, None).mean
+    return window.part(None, third), window.part(-third, None)
+
+
+def _doubt(first: Window, last: Window) -> float:
+    """Two standard errors of the difference of two means: steps of few prompts go up and down by chance."""
+    return 2 * math.sqrt(sum(statistics.variance(part.values) / len(part.values) for part in (first, last)))
 
 
 def collapsing(history: History, settings: CollapseSettings) -> Finding | None:
