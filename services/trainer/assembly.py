@@ -45,11 +45,12 @@ from services.trainer.student import Student, StudentOptimizer
 from services.trainer.teacher_head import TeacherHead
 from services.trainer.teacher_links import TeacherLink, build_router, connect_teachers
 from services.trainer.teachers import TeacherRouter
-from services.trainer.training_run import TrainingRun
+from services.trainer.training_run import TrainingRun, close_within
 from services.trainer.weights import SharedWeights
 
 _log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
+LOGGERS_CLOSE_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,7 +155,9 @@ def _wire(parts: _Parts, opened: ExitStack, shorten: Shorten | None) -> Training
         state = TrainerState(step=step, seed=settings.seed, prompts_digest=parts.prompts.digest, config=config)
         return parts.store.save(loaded.model, loaded.tokenizer, optimizer.state_tensors(), state)
 
-    loggers = open_loggers(settings.loggers, settings.run_dir, config=config, first_step=first_step, opened=opened)
+    loggers = open_loggers(settings.loggers, settings.run_dir, config=config, first_step=first_step)
+    # One that sends over a network may hang when the other side is gone.
+    opened.callback(close_within, loggers.close, "loggers", limit_s=LOGGERS_CLOSE_S)
     return TrainingRun(
         settings,
         num_steps=num_steps,

@@ -1,7 +1,6 @@
 """Opens the loggers that the settings name."""
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,8 @@ from services.trainer.loggers.config import LoggerSettings, WandbMode, require_p
 from services.trainer.loggers.contract import Loggers, MetricsLogger
 
 
-def open_loggers(
-    settings: LoggerSettings, run_dir: Path, *, config: Mapping[str, Any], first_step: int, opened: ExitStack
-) -> Loggers:
-    """`opened` closes them. `config` goes where there is a place for it; `first_step` counts completed steps."""
+def open_loggers(settings: LoggerSettings, run_dir: Path, *, config: Mapping[str, Any], first_step: int) -> Loggers:
+    """`config` goes where there is a place for it; `first_step` counts completed steps. The caller closes them."""
     require_packages(settings)
     found: list[MetricsLogger] = []
     if settings.tensorboard:
@@ -23,6 +20,4 @@ def open_loggers(
         from services.trainer.loggers.wandb import WandbLogger
 
         found.append(WandbLogger(settings.wandb, run_dir, config=config))
-    loggers = Loggers(found)
-    opened.callback(loggers.close)
-    return loggers
+    return Loggers(found)

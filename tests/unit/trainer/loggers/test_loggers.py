@@ -5,7 +5,6 @@ import json
 import struct
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +85,9 @@ def test_a_missing_package_is_refused_with_the_way_to_get_it(
 
 def test_no_logger_is_on_unless_asked_for_and_the_settings_load_neither_package() -> None:
     settings = load_settings(TrainSettings, None, ["student.model=x", 'data.files=["x"]'])
-    with ExitStack() as opened:
-        loggers = open_loggers(settings.loggers, Path("nowhere"), config={}, first_step=0, opened=opened)
-        loggers.log_step(1, SUMMARY)
+    loggers = open_loggers(settings.loggers, Path("nowhere"), config={}, first_step=0)
+    loggers.log_step(1, SUMMARY)
+    loggers.close()
     code = (
         "import sys, services.trainer.config, services.trainer.loggers.build\n"
         "assert not {'wandb', 'tensorboardX', 'torch'} & set(sys.modules)"
@@ -97,12 +96,12 @@ def test_no_logger_is_on_unless_asked_for_and_the_settings_load_neither_package(
 
 
 def write_two_steps(settings: LoggerSettings, run_dir: Path, first_step: int = 0) -> None:
-    with ExitStack() as opened:
-        loggers = open_loggers(settings, run_dir, config={"seed": 7}, first_step=first_step, opened=opened)
-        loggers.log_step(first_step + 1, SUMMARY)
-        loggers.log_step(first_step + 2, SUMMARY)
-        loggers.log_values(first_step + 2, {"evaluation/accuracy/heldout": 0.25})
-        loggers.log_text(first_step + 2, "alarm/gradient_spike", "gradient norm 3 at step 2")
+    loggers = open_loggers(settings, run_dir, config={"seed": 7}, first_step=first_step)
+    loggers.log_step(first_step + 1, SUMMARY)
+    loggers.log_step(first_step + 2, SUMMARY)
+    loggers.log_values(first_step + 2, {"evaluation/accuracy/heldout": 0.25})
+    loggers.log_text(first_step + 2, "alarm/gradient_spike", "gradient norm 3 at step 2")
+    loggers.close()
 
 
 def events(folder: Path) -> list[bytes]:
