@@ -5,6 +5,7 @@ objectives can be compared; `loss/objective` is what was differentiated. All but
 sampled.
 """
 
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
@@ -57,7 +58,7 @@ class StepMetrics:
         if self._probe is not None:
             values |= self._probe(record)
         values["timing/metrics"] = time.perf_counter() - begun
-        return StepSummary(values=values, by_position=summary.by_position)
+        return dataclasses.replace(summary, values=values)
 
     def _sample(self, record: StepRecord) -> Container[int]:
         """Indices of the rollouts that are measured in full, at least one; the same again after a resume."""

@@ -7,7 +7,7 @@ micro-batches. A key is present exactly when something was measured under it.
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ BY_POSITION = (
 BY_TEACHER = ("loss/reverse_kl", "distill/overlap_ratio")
 """Also reported per teacher where a run has several, under `<key>/teacher/<name>`."""
 
+CORRECT_REWARDS, INCORRECT_REWARDS = "outcome/rewards_correct", "outcome/rewards_incorrect"
 POSITION_EDGES_KEY = "distill/position_edges"
 
 
@@ -47,11 +48,13 @@ class StepSummary:
 
     values: dict[str, float]
     by_position: dict[str, BucketMeans]
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    """One number per rollout, in rising order: what a mean does not tell of a distribution (Fig 14)."""
 
     @property
     def arrays(self) -> dict[str, list[float]]:
-        """Flat arrays for metrics.jsonl: `distill/position_edges`, and `<key>/by_position` with its `/count`."""
-        arrays: dict[str, list[float]] = {}
+        """Flat arrays for metrics.jsonl: samples, `distill/position_edges`, `<key>/by_position` with its `/count`."""
+        arrays: dict[str, list[float]] = dict(self.samples)
         for name, buckets in self.by_position.items():
             arrays[POSITION_EDGES_KEY] = [float(edge) for edge in buckets.edges]
             arrays[f"{name}/by_position"] = [mean.value for mean in buckets.means]
@@ -121,7 +124,14 @@ class StepDiagnostics:
         if area is not None:
             values["outcome/auroc"] = area
         buckets = {name: joined_buckets(parts) for name, parts in sorted(self._buckets.items())}
-        return StepSummary(values=values, by_position=buckets)
+        return StepSummary(values=values, by_position=buckets, samples=self._rewards())
+
+    def _rewards(self) -> dict[str, list[float]]:
+        by_class = {
+            name: sorted(reward for reward, is_correct in self._judged if is_correct is wanted)
+            for name, wanted in ((CORRECT_REWARDS, True), (INCORRECT_REWARDS, False))
+        }
+        return {name: rewards for name, rewards in by_class.items() if rewards}
 
     def _add_end(self, rollout: Rollout, scored: PositionScores) -> None:
         """Both models' log-probs of the EOS that was sampled: far apart when they end their responses differently."""

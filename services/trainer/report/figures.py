@@ -10,6 +10,7 @@ from pathlib import Path
 
 from services.trainer.report.drawing import FRACTION, Line, Panel, draw_over_steps, draw_timing
 from services.trainer.report.positions import PositionMetric, draw_by_position, draw_heat_maps
+from services.trainer.report.rewards import draw_rewards
 from services.trainer.report.runs import Run
 
 
@@ -131,7 +132,7 @@ def draw_figures(runs: Sequence[Run], folder: Path) -> list[DrawnFigure]:
         path = folder / f"{figure.name}.png"
         if draw_over_steps(runs, figure.panels, figure.title, path):
             drawn.append(DrawnFigure(path=path, title=figure.title, caption=figure.caption))
-    return drawn + _by_position(runs, folder) + _timing(runs, folder)
+    return drawn + _rewards(runs, folder) + _by_position(runs, folder) + _timing(runs, folder)
 
 
 def _evaluations(runs: Sequence[Run]) -> Figure:
@@ -143,6 +144,16 @@ def _evaluations(runs: Sequence[Run]) -> Figure:
         caption="Figs 2 and 6, top: accuracy on problems that were not trained on, before, during and after training.",
         panels=tuple(_panel(name.removeprefix("evaluation/accuracy/"), "avg@n", (name, "")) for name in names),
     )
+
+
+def _rewards(runs: Sequence[Run], folder: Path) -> list[DrawnFigure]:
+    rewards = DrawnFigure(
+        path=folder / "rewards.png",
+        title="Teacher rewards of correct and incorrect rollouts",
+        caption="Fig 14: mean log q - log p of each rollout, all steps together. Two separate hills say that the "
+        "reward knows right from wrong, not that it can be learned from.",
+    )
+    return [rewards] if draw_rewards(runs, rewards.title, rewards.path) else []
 
 
 def _by_position(runs: Sequence[Run], folder: Path) -> list[DrawnFigure]:

@@ -253,6 +253,9 @@ def test_rewards_are_told_apart_by_outcome() -> None:
         gaps[index] = (scores.sampled_logprobs.astype(np.float64) - rollout.sampled_logprobs).mean()
     assert values["outcome/teacher_reward_correct"] == pytest.approx((gaps[0] + gaps[4]) / 2, rel=1e-12)
     assert values["outcome/teacher_reward_incorrect"] == pytest.approx((gaps[1] + gaps[3]) / 2, rel=1e-12)
+    arrays = _step(list(range(5))).summary().arrays
+    assert arrays["outcome/rewards_correct"] == pytest.approx(sorted([gaps[0], gaps[4]]), rel=1e-12)
+    assert arrays["outcome/rewards_incorrect"] == pytest.approx(sorted([gaps[1], gaps[3]]), rel=1e-12)
 
 
 def test_loss_means_join_by_sum_and_count() -> None:

@@ -15,12 +15,13 @@ import pytest
 from opd.errors import ConfigError
 from services.trainer.diagnostics import POSITION_EDGES
 from services.trainer.report import positions, write_report
+from services.trainer.report import rewards as reward_figure
 from services.trainer.report.figures import HEAT_MAPS
-from services.trainer.report.runs import read_runs
+from services.trainer.report.runs import Run, read_runs
 
 PNG = b"\x89PNG\r\n\x1a\n"
 BY_POSITION = ("overlap_ratio", "overlap_advantage", "entropy_student", "entropy_teacher", "entropy_gap")
-FIGURES = {"dynamics", "sets_and_entropy", "optimization", "rollouts", "by_position", "heat_maps", "timing"}
+FIGURES = {"dynamics", "sets_and_entropy", "optimization", "rollouts", "rewards", "by_position", "heat_maps", "timing"}
 
 
 def _record(step: int, seed: int) -> dict[str, Any]:
@@ -50,6 +51,8 @@ def _record(step: int, seed: int) -> dict[str, Any]:
         "rollout/response_length": 200 + 20 * done,
         "rollout/truncated_fraction": 0.1,
         "rollout/teacher_reward": -0.3 * (1 - done),
+        "outcome/rewards_correct": sorted((generator.normal(size=6) * 0.1 - 0.1).tolist()),
+        "outcome/rewards_incorrect": sorted((generator.normal(size=9) * 0.1 - 0.3).tolist()),
         "outcome/teacher_reward_correct": -0.1 * (1 - done),
         "outcome/teacher_reward_incorrect": -0.4 * (1 - done),
         "timing/rollout": 4.0,
@@ -196,6 +199,28 @@ def test_heat_maps_have_one_panel_per_metric_and_run(
     ((cells, options),) = asked
     # Rows of three at most; a metric does not share a row with another.
     assert options["num_columns"] == min(num_runs, 3) and cells == 3 * {1: 1, 3: 3, 4: 6}[num_runs]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "title"),
+    [
+        ({"correct": [-0.1, 0.0], "incorrect": [-0.3, -0.1]}, "run, AUROC 0.875"),
+        ({"correct": [0.5, 0.5]}, "run"),
+    ],
+)
+def test_rewards_of_both_classes_have_their_auroc_where_there_are_both(
+    rewards: dict[str, list[float]], title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles = []
+    monkeypatch.setattr(reward_figure, "dress", lambda ax, name, *labels: titles.append(name))
+    record = {"step": 1} | {f"outcome/rewards_{name}": values for name, values in rewards.items()}
+    run = Run(name="run", records=[record], summary={})
+    assert reward_figure.draw_rewards([run], "title", tmp_path / "rewards.png")
+    assert titles == [title] and (tmp_path / "rewards.png").is_file()
+    assert not reward_figure.draw_rewards(
+        [Run(name="a", records=[{"step": 1}], summary={})], "t", tmp_path / "rewards.png"
+    )
+    assert not (tmp_path / "rewards.png").exists()
 
 
 def test_a_single_step_is_a_curve_and_no_map(make_run: Callable[..., Path], tmp_path: Path) -> None:
