@@ -149,7 +149,7 @@ def _evaluations(runs: Sequence[Run]) -> Figure:
 def _rewards(runs: Sequence[Run], folder: Path) -> list[DrawnFigure]:
     rewards = DrawnFigure(
         path=folder / "rewards.png",
-        title="Teacher rewards of correct and incorrect rollouts",
+        title="Teacher rewards by outcome",
         caption="Fig 14: mean log q - log p of each rollout, all steps together. Two separate hills say that the "
         "reward knows right from wrong, not that it can be learned from.",
     )

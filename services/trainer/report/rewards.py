@@ -13,7 +13,7 @@ from services.trainer.report.layout import COLORS, dress, finish, grid
 from services.trainer.report.runs import Run
 
 _NUM_BINS = 40
-_SHOWN_PERCENTILES = (0.5, 99.5)
+_SHOWN_PERCENTILES = (2.0, 99.5)
 _CLASSES = ((CORRECT_REWARDS, "correct", COLORS[2]), (INCORRECT_REWARDS, "incorrect", COLORS[1]))
 
 
