@@ -2,10 +2,12 @@
 
 The probe is taken from the first step that is measured and kept in the run folder, so that a resumed run goes on with
 the same one; its scores are the teacher's of then, the weights those after the step. A step with fewer rollouts than
-`MIN_ROLLOUTS` makes no probe, and the metric is absent.
+`MIN_ROLLOUTS` makes no probe, and the metric is absent; so it is once the device had no memory for it, since no
+diagnosis is worth a run.
 """
 
 import io
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -15,6 +17,7 @@ from typing import Any, TypeVar, get_type_hints
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,6 +26,7 @@ from services.trainer.batch import ScoredRollout
 from services.trainer.diagnostics.coherence import gradient_coherence
 from services.trainer.loop import StepRecord
 
+_log = logging.getLogger(__name__)
 PROBE_FILE = "probe.npz"
 MIN_ROLLOUTS = 8
 RecordT = TypeVar("RecordT")
@@ -57,8 +61,16 @@ class GradientProbe:
         probe = self._rollouts(record)
         if len(probe) < MIN_ROLLOUTS:
             return {}
-        losses = (lambda item=item: self._loss([item]) for item in probe)  # type: ignore[misc]
-        coherence = gradient_coherence(losses, self._parameters)
+        try:
+            losses = (lambda item=item: self._loss([item]) for item in probe)  # type: ignore[misc]
+            coherence = gradient_coherence(losses, self._parameters)
+        except torch.OutOfMemoryError:
+            _log.warning(
+                "no memory for two more copies of the gradient: distill/gradient_coherence is not measured from here "
+                "on; metrics.coherence_every_steps=0 does not try"
+            )
+            self._every_steps = 0
+            return {}
         return {} if coherence is None else {"distill/gradient_coherence": coherence}
 
     def _rollouts(self, record: StepRecord) -> list[ScoredRollout]:

@@ -32,5 +32,6 @@ def gradient_coherence(losses: Iterable[Callable[[], Tensor]], parameters: Seque
 
 
 def _norm(gradients: Sequence[Tensor | None]) -> float:
-    squares = [gradient.detach().double().square().sum() for gradient in gradients if gradient is not None]
-    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    # The dtype is that of the sum: no copy of a whole gradient in float64 is made.
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients if gradient is not None]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0

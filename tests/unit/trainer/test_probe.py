@@ -80,6 +80,24 @@ def test_measuring_leaves_the_weights_and_their_gradients_alone(
     assert all(parameter.grad is None for parameter in setup.student_model.parameters())
 
 
+def test_a_device_without_room_goes_on_without_the_metric(
+    trained: tuple[Setup, list[StepRecord]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = []
+
+    def loss(items: Any) -> torch.Tensor:
+        calls.append(items)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return trained[0].loss(build_batch(items)).loss_sum
+
+    parameters = trained[0].student_model.parameters()
+    probe = GradientProbe(loss, parameters, every_steps=1, num_rollouts=8, path=tmp_path / PROBE_FILE)
+    assert [probe.measure(record) for record in trained[1]] == [{}] * 4
+    assert len(calls) == 3 and len(caplog.records) == 1
+    assert "no memory for two more copies of the gradient" in caplog.text
+
+
 def in_group(name: str, group: int) -> ScoredRollout:
     item = scored(name, [5], [8, 9])
     return dataclasses.replace(item, rollout=dataclasses.replace(item.rollout, group=group))
