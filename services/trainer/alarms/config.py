@@ -43,6 +43,13 @@ class CollapseSettings(Settings):
     """Buckets with fewer positions, then or now, are not looked at."""
 
 
+class DivergenceSettings(Settings):
+    """`divergence_rising`: the present ten steps against the start."""
+
+    factor: Factor = 1.5
+    """Times the reverse KL at the start."""
+
+
 class EntropySettings(Settings):
     """`entropy_collapse`"""
 
@@ -122,6 +129,7 @@ class AlarmSettings(Settings):
     """An alarm is over, and may be raised again, when its rule has been silent for this many steps."""
     overlap_stagnating: StagnationSettings = Field(default_factory=StagnationSettings)
     overlap_collapse: CollapseSettings = Field(default_factory=CollapseSettings)
+    divergence_rising: DivergenceSettings = Field(default_factory=DivergenceSettings)
     entropy_collapse: EntropySettings = Field(default_factory=EntropySettings)
     low_overlap_mass: MassSettings = Field(default_factory=MassSettings)
     cancelling_gradients: CancellingSettings = Field(default_factory=CancellingSettings)

@@ -11,6 +11,8 @@ class AlarmName(StrEnum):
     """Overlap, advantage and entropy gap stand still while the divergence is still there."""
     OVERLAP_COLLAPSE = "overlap_collapse"
     """Overlap drops sharply and the student's entropy rises from the back of the response."""
+    DIVERGENCE_RISING = "divergence_rising"
+    """The student moves away from the teacher it is trained on."""
     ENTROPY_COLLAPSE = "entropy_collapse"
     """The student's entropy is a fraction of what both models began with."""
     LOW_OVERLAP_MASS = "low_overlap_mass"

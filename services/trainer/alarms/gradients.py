@@ -11,9 +11,10 @@ _MIN_USUAL = 8
 
 
 def cancelling(history: History, settings: CancellingSettings) -> Finding | None:
-    """The advantage is about as large as at the start, and the gradient norm per advantage a fraction of it.
+    """The advantage is as large as at the start or larger, the gradient norm smaller, and their ratio a fraction.
 
-    A norm alone says nothing across models, so a run is compared with itself. 6.2 takes cancellation between rollouts
+    A norm alone says nothing across models, so a run is compared with itself; a norm that has grown, if less than the
+    advantage, is no small one. 6.2 takes cancellation between rollouts
     for the cause; `distill/gradient_coherence` is told where it is measured.
     """
     start, now = history.first(ADVANTAGE, START_STEPS), history.last(ADVANTAGE, _PRESENT_STEPS)
@@ -22,6 +23,8 @@ def cancelling(history: History, settings: CancellingSettings) -> Finding | None
         return None
     large_then, large_now = abs(start.mean), abs(now.mean)
     if not large_then or not norm_start.median or large_now < settings.min_advantage * large_then:
+        return None
+    if norm_now.median > norm_start.median:
         return None
     ratio = (norm_now.median / large_now) / (norm_start.median / large_then)
     if ratio > settings.max_ratio:

@@ -1,9 +1,9 @@
-"""Rules on what the two models share: it does not grow, it collapses, or it holds too little (3, 4, 6.1, C.2)."""
+"""Rules on what the two models share: it stands still, shrinks, collapses or holds too little (3, 4, 6.1, C.2)."""
 
 import math
 import statistics
 
-from services.trainer.alarms.config import CollapseSettings, MassSettings, StagnationSettings
+from services.trainer.alarms.config import CollapseSettings, DivergenceSettings, MassSettings, StagnationSettings
 from services.trainer.alarms.contract import Finding
 from services.trainer.alarms.history import History, Window, bucket_means
 
@@ -49,6 +49,19 @@ def _thirds(window: Window) -> tuple[Window, Window]:
 def _doubt(first: Window, last: Window) -> float:
     """Two standard errors of the difference of two means: steps of few prompts go up and down by chance."""
     return 2 * math.sqrt(sum(statistics.variance(part.values) / len(part.values) for part in (first, last)))
+
+
+def diverging(history: History, settings: DivergenceSettings) -> Finding | None:
+    """The reverse KL on the student's ids is far above its start, and not by chance."""
+    start, now = history.first(REVERSE_KL, START_STEPS), history.last(REVERSE_KL, 2 * START_STEPS)
+    if start is None or now is None or now.mean < settings.factor * start.mean:
+        return None
+    if now.mean - start.mean <= _doubt(start, now):
+        return None
+    return Finding(
+        evidence=f"reverse KL {start.mean:.4g} ({start.span}) to {now.mean:.4g} nats per position ({now.span})",
+        numbers={"reverse_kl_start": start.mean, "reverse_kl_now": now.mean},
+    )
 
 
 def collapsing(history: History, settings: CollapseSettings) -> Finding | None:

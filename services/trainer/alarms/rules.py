@@ -32,6 +32,12 @@ RULES: dict[AlarmName, Rule] = {
         "collapse",
         section="6.1",
     ),
+    AlarmName.DIVERGENCE_RISING: Rule(
+        find=overlap.diverging,
+        remedy="go back to a checkpoint before the rise with a lower optim.lr; if it rises again, try a teacher closer "
+        "to the student or a cold start on its rollouts",
+        section="3, 5.1",
+    ),
     AlarmName.ENTROPY_COLLAPSE: Rule(
         find=entropy.collapsing,
         remedy="mix in prompts from outside the teacher's post-training data",

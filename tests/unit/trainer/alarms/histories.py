@@ -1,7 +1,8 @@
-"""Histories for the alarms' tests: two runs as they were measured, and made-up ones in which one thing goes wrong.
+"""Histories for the alarms' tests: three runs as they were measured, and made-up ones in which one thing goes wrong.
 
-Both runs are of the bundled student-base and teacher-post, the demo's configuration with 8 prompts a step. The healthy
-one learned, the stalled one had a learning rate of 1e-7. They hold the metrics that rules read, to four digits.
+The runs are of the bundled student-base, the demo's configuration with 8 prompts a step. The healthy one learned from
+teacher-post, the stalled one had a learning rate of 1e-7, the misled one teacher-other, under which it fell apart. They
+hold the metrics that rules read, to four digits.
 """
 
 import json

@@ -50,6 +50,7 @@ def lengths(tokens: Callable[[int], float] | float, truncated: Callable[[int], f
 FAILING: dict[AlarmName, History] = {
     AlarmName.OVERLAP_STAGNATING: stalled(),
     AlarmName.OVERLAP_COLLAPSE: collapsed(),
+    AlarmName.DIVERGENCE_RISING: history(20, loss__reverse_kl=ramp(0.2, 0.8, 5, 15)),
     AlarmName.ENTROPY_COLLAPSE: history(30, **{STUDENT: ramp(0.5, 0.05, 10, 30), TEACHER: 0.4}),
     AlarmName.LOW_OVERLAP_MASS: masses(0.8, 0.85, -0.004),
     AlarmName.CANCELLING_GRADIENTS: history(40, **{ADVANTAGE: ramp(-0.02, -0.04, 5, 30), NORM: ramp(1.0, 0.4, 5, 30)}),
@@ -65,6 +66,7 @@ EVIDENCE = {
     "entropy gap 0.4 to 0.4, reverse KL 0.3 at the start and 0.3 now",
     AlarmName.OVERLAP_COLLAPSE: "overlap ratio 0.9000 (steps 40-42) to 0.7600 (steps 58-60), student entropy 0.4 to "
     "2.29 at positions from 4096, 0.4 to 0.4 at the front",
+    AlarmName.DIVERGENCE_RISING: "reverse KL 0.2 (steps 1-5) to 0.74 nats per position (steps 11-20)",
     AlarmName.ENTROPY_COLLAPSE: "student entropy 0.5 (steps 1-5) to 0.0725 nats (steps 28-30), teacher 0.4 then",
     AlarmName.LOW_OVERLAP_MASS: "overlap advantage -0.004 looks good while the overlap holds 0.800 of the student's "
     "and 0.850 of the teacher's probability (steps 3-5)",
@@ -88,6 +90,10 @@ SILENT: dict[str, tuple[AlarmName, History]] = {
     ),
     "too short a run to say": (AlarmName.OVERLAP_STAGNATING, stalled(30)),
     "overlap that holds": (AlarmName.OVERLAP_COLLAPSE, collapsed(**{OVERLAP: 0.9})),
+    "a divergence that jumps about": (
+        AlarmName.DIVERGENCE_RISING,
+        history(15, loss__reverse_kl=lambda step: [0.1, 0.3, 0.1, 0.1, 0.1, 0.9, 0.1, 0.1, 0.1, 0.1][step % 10]),
+    ),
     "a student that comes down to a sharp teacher": (
         AlarmName.ENTROPY_COLLAPSE,
         history(30, **{STUDENT: ramp(1.0, 0.3, 5, 30), TEACHER: 0.4}),
@@ -100,6 +106,10 @@ SILENT: dict[str, tuple[AlarmName, History]] = {
     "a large advantage with its gradient": (
         AlarmName.CANCELLING_GRADIENTS,
         history(40, **{ADVANTAGE: ramp(-0.02, -0.04, 5, 30), NORM: 1.0}),
+    ),
+    "a gradient that grew less than its advantage": (
+        AlarmName.CANCELLING_GRADIENTS,
+        history(40, **{ADVANTAGE: ramp(-0.04, -0.22, 5, 30), NORM: ramp(0.9, 1.5, 5, 30)}),
     ),
     "a spike that is over": (AlarmName.GRADIENT_SPIKE, history(20, **{NORM: lambda step: 3.0 if step == 19 else 0.3})),
     "nothing usual yet": (AlarmName.GRADIENT_SPIKE, history(8, **{NORM: lambda step: 3.0 if step == 8 else 0.3})),
@@ -150,6 +160,11 @@ def test_a_run_that_learned_nothing_is_told_as_soon_as_its_window_is_full() -> N
     assert raised("stalled") == [(40, AlarmName.OVERLAP_STAGNATING)]
     window = "overlap_stagnating.window_steps=24"
     assert raised("stalled", window) == [(24, AlarmName.OVERLAP_STAGNATING)]
+
+
+def test_a_run_that_its_teacher_misled_is_told_long_before_the_windows_are_full() -> None:
+    """Overlap stayed at 0.58 while the shared ids lost their mass, and accuracy went from 0.4 to 0.1."""
+    assert raised("misled") == [(22, AlarmName.DIVERGENCE_RISING), (40, AlarmName.OVERLAP_STAGNATING)]
 
 
 @pytest.mark.parametrize("name", list(AlarmName))
