@@ -20,17 +20,22 @@ from transformers.utils import logging as transformers_logging
 
 from opd.errors import CheckpointError, ConfigError
 from opd.queue.connection import hide_password
+from services.trainer.alarms.desk import AlarmDesk, require_horizon
+from services.trainer.alarms.watch import AlarmWatch
+from services.trainer.batch import ScoredRollout, build_batch
 from services.trainer.checkpoint import Checkpoint, CheckpointStore, TrainerState
 from services.trainer.config import ONLY_TEACHER, OnScoreFailure, TrainSettings
 from services.trainer.console import RunConsole
 from services.trainer.evaluator import Evaluator
 from services.trainer.horizon import Horizon
 from services.trainer.http_api import RunStatus, StatusServer
+from services.trainer.loggers.build import open_loggers
 from services.trainer.loop import LoopSettings, Scorer, TrainingLoop
 from services.trainer.loss import DistillLoss
 from services.trainer.models import LoadedModel, load_model
 from services.trainer.objectives.config import ObjectiveKind
 from services.trainer.objectives.dispatch import build_objective
+from services.trainer.probe import PROBE_FILE, GradientProbe
 from services.trainer.prompt_files import PreparedPrompts, prepare_prompts
 from services.trainer.rewards import AnswerReward
 from services.trainer.rollout.base import SamplingParams
@@ -42,11 +47,12 @@ from services.trainer.student import Student, StudentOptimizer
 from services.trainer.teacher_head import TeacherHead
 from services.trainer.teacher_links import TeacherLink, build_router, connect_teachers
 from services.trainer.teachers import NoTeachers, TeacherRouter
-from services.trainer.training_run import TrainingRun
+from services.trainer.training_run import TrainingRun, close_within
 from services.trainer.weights import SharedWeights
 
 _log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
+LOGGERS_CLOSE_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,8 +76,9 @@ class _Parts:
 
 def assemble(settings: TrainSettings, stop: StopSignal, *, resume: bool) -> TrainingRun:
     """A run that is ready to train; an `OpdError` or a signal here leaves nothing open."""
+    require_horizon(settings.alarms, settings.objective.horizon)
     with ExitStack() as opened:
-        run = _wire(_prepare(settings, stop, opened, resume=resume))
+        run = _wire(_prepare(settings, stop, opened, resume=resume), opened)
         run.own(opened.pop_all())
     return run
 
@@ -113,7 +120,7 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
     )
 
 
-def _wire(parts: _Parts) -> TrainingRun:
+def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
     settings, loaded, log = parts.settings, parts.loaded, parts.log
     student = Student(
         loaded.model,
@@ -127,6 +134,9 @@ def _wire(parts: _Parts) -> TrainingRun:
     log.create(config)
     if parts.checkpoint is not None:
         _restore(parts.checkpoint, optimizer, log, settings)
+    loss = DistillLoss(student, build_objective(settings.objective), settings.objective, parts.teacher_head)
+    first_step = parts.checkpoint.state.step if parts.checkpoint else 0
+    horizon = _horizon(settings, log)
     num_steps = settings.steps or parts.prompts.schedule.num_steps
     loop = TrainingLoop(
         _loop_settings(settings, num_steps),
@@ -134,12 +144,12 @@ def _wire(parts: _Parts) -> TrainingRun:
         engine=parts.engine,
         teachers=parts.teachers,
         student=student,
-        loss=DistillLoss(student, build_objective(settings.objective), settings.objective, parts.teacher_head),
+        loss=loss,
         optimizer=optimizer,
         weights=SharedWeights(parts.engine),
         reward=AnswerReward(_decoder(loaded.tokenizer)) if settings.objective.uses_outcome else None,
-        horizon=_horizon(settings, log),
-        first_step=parts.checkpoint.state.step if parts.checkpoint else 0,
+        horizon=horizon,
+        first_step=first_step,
         interruptible=parts.stop.interruptible,
     )
 
@@ -147,18 +157,52 @@ def _wire(parts: _Parts) -> TrainingRun:
         state = TrainerState(step=step, seed=settings.seed, prompts_digest=parts.prompts.digest, config=config)
         return parts.store.save(loaded.model, loaded.tokenizer, optimizer.state_tensors(), state)
 
-    decode = _decoder(loaded.tokenizer) if settings.data.grade else None
+    loggers = open_loggers(settings.loggers, settings.run_dir, config=config, first_step=first_step)
+    # One that sends over a network may hang when the other side is gone.
+    opened.callback(close_within, loggers.close, "loggers", limit_s=LOGGERS_CLOSE_S)
     return TrainingRun(
         settings,
         num_steps=num_steps,
         loop=loop,
-        metrics=StepMetrics(weight=settings.objective.weight, decode=decode),
+        metrics=_step_metrics(parts, student, loss),
         log=log,
         save=save,
         evaluate=parts.evaluate,
         status=parts.status,
         console=parts.console,
         stop=parts.stop,
+        alarms=AlarmDesk(
+            settings.alarms,
+            AlarmWatch(settings.alarms, log.steps()),
+            log=log,
+            say=parts.console.say,
+            note=loggers.log_text,
+            status=parts.status,
+            shorten=horizon.shorten if horizon else None,
+        ),
+        loggers=loggers,
+    )
+
+
+def _step_metrics(parts: _Parts, student: Student, loss: DistillLoss) -> StepMetrics:
+    settings = parts.settings
+
+    def loss_of(scored: Sequence[ScoredRollout]) -> torch.Tensor:
+        return loss(build_batch(scored, student.device)).loss_sum
+
+    probe = GradientProbe(
+        loss_of,
+        student.model.parameters(),
+        every_steps=settings.metrics.coherence_every_steps,
+        num_rollouts=settings.metrics.coherence_rollouts,
+        path=settings.run_dir / PROBE_FILE,
+    )
+    return StepMetrics(
+        weight=settings.objective.weight,
+        decode=_decoder(parts.loaded.tokenizer) if settings.data.grade else None,
+        fraction=settings.metrics.fraction,
+        seed=settings.seed,
+        probe=probe.measure,
     )
 
 

@@ -13,6 +13,9 @@ from pydantic import AfterValidator, Field, model_validator
 
 from opd.settings import Settings
 from opd.types import Encoding
+from services.trainer.alarms.config import AlarmSettings
+from services.trainer.loggers.config import LoggerSettings
+from services.trainer.metrics_config import MetricsSettings
 from services.trainer.objective_checks import check_objective, with_group_size
 from services.trainer.objectives.config import ObjectiveConfig, ObjectiveKind
 from services.trainer.prompts import Overlong
@@ -255,6 +258,9 @@ class TrainSettings(Settings):
     optim: OptimSettings = Field(default_factory=OptimSettings)
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    metrics: MetricsSettings = Field(default_factory=MetricsSettings)
+    alarms: AlarmSettings = Field(default_factory=AlarmSettings)
+    loggers: LoggerSettings = Field(default_factory=LoggerSettings)
     log: LogSettings = Field(default_factory=LogSettings)
     http: HttpSettings = Field(default_factory=HttpSettings)
     run_dir: Path = Path("runs/train")

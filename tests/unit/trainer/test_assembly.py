@@ -128,6 +128,12 @@ def test_a_checkpoint_that_cannot_be_read(world: tuple[Path, str], tmp_path: Pat
         refuse(world, tmp_path / "run", resume=True)
 
 
+def test_alarms_that_are_to_shorten_what_is_not_there(world: tuple[Path, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^alarms\.shorten=overlap_collapse: this run has no supervised horizon"):
+        refuse(world, tmp_path / "run", 'alarms.shorten=["overlap_collapse"]')
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_status_port_that_is_taken(world: tuple[Path, str], tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
