@@ -1,9 +1,10 @@
 """Estimates from graded samples, each with an interval over problems.
 
-Legend: P problems, N samples a problem. The unit of chance is the problem: samples of one problem say little about the
-next, so intervals resample problems (percentile bootstrap, seeded) and never single samples.
+Legend: P problems, N samples a problem, C columns, R rollouts, B resamples. The unit of chance is the problem: samples
+of one problem say little about the next, so intervals resample problems (percentile bootstrap, seeded), never samples.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 
@@ -40,9 +41,32 @@ class GapRecovery:
 
 def mean_over_problems(values_P: Values, *, seed: int = 0) -> Estimate:
     """The mean with its interval; with one problem the interval is the value."""
-    means = _resampled_means(values_P[:, None], seed)[:, 0]
-    low, high = np.quantile(means, _tails())
-    return Estimate(value=float(values_P.mean()), low=float(low), high=float(high))
+    return means_over_problems(values_P[:, None], seed=seed)[0]
+
+
+def means_over_problems(values_PC: Values, *, seed: int = 0) -> list[Estimate]:
+    """The mean of every column with its interval, all from the same resamples."""
+    bounds_2C = np.quantile(_resampled_means(values_PC, seed), _tails(), axis=0)
+    return [
+        Estimate(value=float(value), low=float(low), high=float(high))
+        for value, low, high in zip(values_PC.mean(axis=0), *bounds_2C, strict=True)
+    ]
+
+
+def means_over_rollouts(values_RC: Values, problem_R: Sequence[int], *, seed: int = 0) -> list[Estimate]:
+    """The mean of every column over all rollouts, with an interval that resamples whole problems.
+
+    Problems may have different numbers of rollouts: each resample's mean is over the rollouts it drew.
+    """
+    _, place_R = np.unique(np.asarray(problem_R), return_inverse=True)
+    sums_PC = np.zeros((int(place_R.max()) + 1, values_RC.shape[1] + 1))
+    np.add.at(sums_PC, place_R, np.concatenate([values_RC, np.ones((len(values_RC), 1))], axis=1))
+    means_BC = _resampled_means(sums_PC, seed)
+    bounds_2C = np.quantile(means_BC[:, :-1] / means_BC[:, -1:], _tails(), axis=0)
+    return [
+        Estimate(value=float(value), low=float(low), high=float(high))
+        for value, low, high in zip(values_RC.mean(axis=0), *bounds_2C, strict=True)
+    ]
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
