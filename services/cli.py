@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from opd.errors import ConfigError, InvalidRequestError, OpdError
-from services.eval_cli import evaluate
+from services.eval_cli import auroc, continuation, evaluate
 from services.pool_cli import pool_app
 from services.score_cli import score
 from services.tenants_cli import app as tenants_app
@@ -23,6 +23,8 @@ app.add_typer(tenants_app, name="tenants")
 app.add_typer(pool_app, name="pool")
 app.command()(score)
 app.command("eval")(evaluate)
+app.command()(continuation)
+app.command()(auroc)
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file.")]
 Overrides = Annotated[

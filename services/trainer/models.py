@@ -71,6 +71,8 @@ def load_model(path_or_name: str, *, device: str = "auto", dtype: str = "float32
 def load_tokenizer(path_or_name: str) -> PreTrainedTokenizerBase:
     """The tokenizer alone; `ConfigError` when there is none or it has no chat template."""
     folder = Path(path_or_name)
+    if not folder.is_dir():
+        _check_name(path_or_name)
     # For want of files the library makes up a tokenizer without a vocabulary.
     if folder.is_dir() and not any((folder / name).is_file() for name in _VOCABULARY_FILES):
         raise ConfigError(
@@ -105,9 +107,7 @@ def _check_folder(path_or_name: str) -> None:
     """Refuses what is meant as a folder and is not a usable one, and a hub name that nobody can be asked for."""
     folder = Path(path_or_name)
     if not folder.is_dir():
-        if folder.exists() or looks_like_a_path(path_or_name):
-            raise ConfigError(f"model {path_or_name}: no such folder; give a Hugging Face folder or a hub name")
-        check_hub("model", path_or_name, is_cached=_is_cached(path_or_name))
+        _check_name(path_or_name)
         return
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model {path_or_name}: no config.json; give a folder written by save_pretrained")
@@ -117,6 +117,12 @@ def _check_folder(path_or_name: str) -> None:
         raise ConfigError(f"model {path_or_name}: {found}; save the model as safetensors")
     for shard in shards:
         _check_shard(shard)
+
+
+def _check_name(name: str) -> None:
+    if Path(name).exists() or looks_like_a_path(name):
+        raise ConfigError(f"model {name}: no such folder; give a Hugging Face folder or a hub name")
+    check_hub("model", name, is_cached=_is_cached(name))
 
 
 def _is_cached(name: str) -> bool:
