@@ -87,24 +87,10 @@ def run_continuation(
     )
     selected = _long_enough(responses, ordered[-1])
     own_R = np.array([grade_response(prompts[one.problem], one).is_correct for one in selected], np.float64)
-    found = []
-    for depth in ordered:
-        prefixes = [np.concatenate([token_ids[one.problem], np.array(one.token_ids[:depth])]) for one in selected]
-        continued = sample_responses(
-            teacher,
-            prefixes,
-            # Another seed than the student's, whose own choices would be made again otherwise.
-            sampling=replace(
-                bounded,
-                max_response_tokens=bounded.max_response_tokens - depth,
-                seed=derive_seed(bounded.seed, "continuation", depth),
-            ),
-            num_samples=num_continuations,
-            cache_folder=cache_folder,
-            console=console,
-            description=f"{teacher.name} from {depth}",
-        )
-        found.append(_outcome(prompts, selected, depth, continued, teacher))
+    found = [
+        _continue(teacher, prompts, selected, depth, bounded, num_continuations, cache_folder, console)
+        for depth in ordered
+    ]
     columns = _columns(own_R, found, [one.problem for one in selected], bounded.seed)
     return ContinuationResult(
         student=student.name,
@@ -156,14 +142,31 @@ class _Outcome:
     truncated: float
 
 
-def _outcome(
+def _continue(
+    teacher: EvaluatedModel,
     prompts: Sequence[TokenizedPrompt],
     selected: Sequence[Response],
     depth: int,
-    continued: Sequence[Sequence[Response]],
-    teacher: EvaluatedModel,
+    sampling: SamplingParams,
+    num_continuations: int,
+    cache_folder: Path | None,
+    console: Console | None,
 ) -> _Outcome:
-    """Grades prefix and continuation as one response: the answer may stand in either."""
+    """Lets the teacher go on and grades prefix and continuation as one response: the answer may stand in either."""
+    continued = sample_responses(
+        teacher,
+        [np.concatenate([prompts[one.problem].prompt_token_ids, np.array(one.token_ids[:depth])]) for one in selected],
+        # Another seed than the student's, whose own choices would be made again otherwise.
+        sampling=replace(
+            sampling,
+            max_response_tokens=sampling.max_response_tokens - depth,
+            seed=derive_seed(sampling.seed, "continuation", depth),
+        ),
+        num_samples=num_continuations,
+        cache_folder=cache_folder,
+        console=console,
+        description=f"{teacher.name} from {depth}",
+    )
     shares = []
     for origin, continuations in zip(selected, continued, strict=True):
         prefix = origin.token_ids[:depth]

@@ -13,6 +13,8 @@ from services.trainer.evaluation.reward import RewardResult
 from services.trainer.report.drawing import COLORS
 
 _NUM_BINS = 30
+_SHOWN_QUANTILES = (0.01, 0.99)
+_REWARD_LABEL = "mean reward of a rollout (nats per token; ends: outermost 1 %)"
 _DOTS_PER_INCH = 120
 _PANEL_INCHES = (4.6, 3.2)
 
@@ -45,6 +47,8 @@ def draw_rewards(results: Sequence[RewardResult], is_correct: Sequence[bool], st
     correct_R = np.asarray(is_correct, np.bool_)
     for ax, result in zip(figure.subplots(1, len(results), squeeze=False)[0], results, strict=True):
         rewards_R = np.array(result.rewards)
+        # A few extreme rollouts would squeeze all others into one bar; they are counted in the outermost bars.
+        rewards_R = rewards_R.clip(*np.quantile(rewards_R, _SHOWN_QUANTILES))
         edges = np.histogram_bin_edges(rewards_R, bins=_NUM_BINS)
         kinds = (("right", correct_R, COLORS[0], ""), ("wrong", ~correct_R, COLORS[1], "///"))
         for name, chosen_R, color, hatch in kinds:
@@ -58,7 +62,7 @@ def draw_rewards(results: Sequence[RewardResult], is_correct: Sequence[bool], st
         found = "AUROC absent: one class is empty"
         if result.auroc is not None:
             found = f"AUROC {result.auroc.value:.2f} ({result.auroc.low:.2f}-{result.auroc.high:.2f})"
-        _dress(ax, f"{result.teacher} on {student}\n{found}", "mean reward of a rollout (nats per token)", "share")
+        _dress(ax, f"{result.teacher} on {student}\n{found}", _REWARD_LABEL, "share")
         ax.legend(fontsize=8, frameon=False)
     _save(figure, path)
 
