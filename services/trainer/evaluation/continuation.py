@@ -155,7 +155,7 @@ def _continue(
     """Lets the teacher go on and grades prefix and continuation as one response: the answer may stand in either."""
     continued = sample_responses(
         teacher,
-        [np.concatenate([prompts[one.problem].prompt_token_ids, np.array(one.token_ids[:depth])]) for one in selected],
+        [np.concatenate([prompts[one.problem].prompt_token_ids, one.token_ids[:depth]]) for one in selected],
         # Another seed than the student's, whose own choices would be made again otherwise.
         sampling=replace(
             sampling,
@@ -169,7 +169,7 @@ def _continue(
     )
     shares = []
     for origin, continuations in zip(selected, continued, strict=True):
-        prefix = origin.token_ids[:depth]
+        prefix = origin.token_ids[:depth].tolist()
         whole = [replace(one, text=teacher.decode([*prefix, *one.text_token_ids])) for one in continuations]
         verdicts = [grade_response(prompts[origin.problem], one).is_correct for one in whole]
         shares.append(sum(verdicts) / len(verdicts))

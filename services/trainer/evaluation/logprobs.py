@@ -7,11 +7,11 @@ r-bar of the paper's section 6.2.
 
 import secrets
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -47,6 +47,15 @@ class MeanLogprob:
     problem: int
     sample: int
     value: float
+
+    def as_json(self) -> dict[str, Any]:
+        """See `SampleRecord`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Self:
+        """See `SampleRecord`."""
+        return cls(**found)
 
 
 class LogprobSource(Protocol):
@@ -164,7 +173,7 @@ def read_mean_logprobs(
     pairs = (
         ScoredPair(
             prompt_token_ids=np.asarray(prompts[one.problem], np.int32),
-            response_token_ids=np.array(one.token_ids, np.int32),
+            response_token_ids=one.token_ids,
         )
         for one in missing
     )

@@ -9,20 +9,27 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Generic, Protocol, TextIO, TypeVar
+from typing import Any, Generic, Protocol, Self, TextIO, TypeVar
 
 from opd.errors import ConfigError
 
 
 class SampleRecord(Protocol):
-    """A dataclass of plain JSON values, named by problem and sample."""
+    """What is kept of one sample, named by problem and sample."""
 
     @property
     def problem(self) -> int: ...
     @property
     def sample(self) -> int: ...
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        ...
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Self:
+        """The way back; ValueError, TypeError or KeyError for what `as_json` never gave."""
+        ...
 
 
 RecordT = TypeVar("RecordT", bound=SampleRecord)
@@ -49,7 +56,7 @@ class SampleCache(Generic[RecordT]):
         """Keeps one sample; with a folder it outlives the process by the time this returns."""
         self.samples[sample.problem, sample.sample] = sample
         if self._file is not None:
-            self._write(asdict(sample))
+            self._write(sample.as_json())
 
     def close(self) -> None:
         if self._file is not None:
@@ -85,8 +92,8 @@ class SampleCache(Generic[RecordT]):
                 file.truncate(len(whole))
         for number, line in enumerate(whole.splitlines()[1:], start=2):
             try:
-                sample = record(**json.loads(line))
-            except (ValueError, TypeError) as error:
+                sample = record.from_json(json.loads(line))
+            except (ValueError, TypeError, KeyError) as error:
                 raise ConfigError(f"cache file {self.path}: line {number} is broken; remove the file") from error
             self.samples[sample.problem, sample.sample] = sample
 

@@ -8,10 +8,10 @@ are not, so that correcting an answer costs no sampling, and another command fin
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from rich.console import Console
@@ -48,8 +48,8 @@ class Response:
     problem: int
     """Place of its prompt in the list that was sampled from."""
     sample: int
-    token_ids: list[int]
-    """A sampled EOS included."""
+    token_ids: Ids
+    """[R], a sampled EOS included."""
     is_truncated: bool
     text: str
     """Without the EOS."""
@@ -57,7 +57,17 @@ class Response:
     @property
     def text_token_ids(self) -> list[int]:
         """Those behind `text`: without the EOS, which only a response that was not cut off ends with."""
-        return self.token_ids if self.is_truncated else self.token_ids[:-1]
+        token_ids: list[int] = self.token_ids.tolist()
+        return token_ids if self.is_truncated else token_ids[:-1]
+
+    def as_json(self) -> dict[str, Any]:
+        """See `SampleRecord`."""
+        return {**asdict(self), "token_ids": self.token_ids.tolist()}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Self:
+        """See `SampleRecord`."""
+        return cls(**{**found, "token_ids": np.array(found["token_ids"], np.int32)})
 
 
 def sample_responses(
@@ -105,7 +115,8 @@ def progress_bar(console: Console | None, *, transient: bool = False) -> Progres
     """Counts what is done and guesses the time left; silent without a console, gone at the end where transient."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     columns = (*columns, TextColumn("left"), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=console is None, transient=transient)
+    is_shown = console is not None and (console.is_terminal or not transient)
+    return Progress(*columns, console=console, disable=not is_shown, transient=transient)
 
 
 def _fill(
@@ -141,7 +152,11 @@ def _fill(
 
 
 def _response(rollout: Rollout, problem: int, sample: int, decode: Callable[[Sequence[int]], str]) -> Response:
-    is_truncated = rollout.finish_reason is FinishReason.LENGTH
-    token_ids = rollout.response_token_ids.tolist()
-    text = decode(token_ids if is_truncated else token_ids[:-1])
-    return Response(problem=problem, sample=sample, token_ids=token_ids, is_truncated=is_truncated, text=text)
+    response = Response(
+        problem=problem,
+        sample=sample,
+        token_ids=rollout.response_token_ids,
+        is_truncated=rollout.finish_reason is FinishReason.LENGTH,
+        text="",
+    )
+    return replace(response, text=decode(response.text_token_ids))

@@ -91,7 +91,13 @@ class CountingSource:
 PROMPTS = [np.array([2, 3], np.int32), np.array([4], np.int32)]
 RESPONSES = [
     [
-        Response(problem=problem, sample=sample, token_ids=[5] * (problem + sample + 1), is_truncated=True, text="")
+        Response(
+            problem=problem,
+            sample=sample,
+            token_ids=np.full(problem + sample + 1, 5, np.int32),
+            is_truncated=True,
+            text="",
+        )
         for sample in range(3)
     ]
     for problem in range(2)
