@@ -2,17 +2,20 @@
 
 One JSONL file per identity (model, prompts, sampling ...): a first line that says what it is for, then one line per
 sample, written as it is made. A line torn by a kill is cut off before the file is continued. A file has one writer at
-a time, which the kernel sees to and a kill ends.
+a time, by a lock of the kernel's that a kill ends; another one waits, and finds what the first has made.
 """
 
 import fcntl
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TextIO, TypeVar
 
 from opd.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 class SampleRecord(Protocol):
@@ -39,7 +42,7 @@ class SampleCache(Generic[RecordT]):
     """Records by (problem, sample); None as folder keeps them in memory alone."""
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any], record: type[RecordT]) -> None:
-        """`ConfigError` for a folder that cannot be written, a file that is broken and one that is being written."""
+        """`ConfigError` for a folder that cannot be written or a file that is broken."""
         self.samples: dict[tuple[int, int], RecordT] = {}
         self._file: TextIO | None = None
         if folder is None:
@@ -66,18 +69,22 @@ class SampleCache(Generic[RecordT]):
         """Becomes the one writer of the file and reads what is there."""
         assert self._file is not None
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock()
             self._read(record)
             if self.path.stat().st_size == 0:
                 self._write({"identity": dict(identity)})
-        except BlockingIOError as error:
-            self.close()
-            raise ConfigError(
-                f"cache file {self.path}: another process is writing it; wait for that or give another --cache"
-            ) from error
         except BaseException:
             self.close()
             raise
+
+    def _lock(self) -> None:
+        assert self._file is not None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # What that process samples need not be sampled here.
+            logger.warning("another process is writing %s: waiting until it ends", self.path)
+            fcntl.flock(self._file, fcntl.LOCK_EX)
 
     def _write(self, record: Mapping[str, Any]) -> None:
         assert self._file is not None

@@ -2,6 +2,8 @@
 
 import io
 import json
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -224,14 +226,23 @@ def test_another_model_starts_anew(tmp_path: Path) -> None:
     assert len(engine.asked) == 32
 
 
-def test_a_file_has_one_writer(tmp_path: Path) -> None:
-    class Nested(ChanceEngine):
+def test_a_file_has_one_writer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The second one waits for the first and then has nothing left to sample."""
+    second = ChanceEngine()
+    found: list[EvaluationResult] = []
+    thread = threading.Thread(target=lambda: found.append(run(second, cache_folder=tmp_path)))
+
+    class First(ChanceEngine):
         def sample(self, *args: Any, **kwargs: Any) -> list[Rollout]:
-            with pytest.raises(ConfigError, match="another process is writing it; wait for that or give another"):
-                run(cache_folder=tmp_path)
+            thread.start()
+            while "waiting until it ends" not in caplog.text and thread.is_alive():
+                time.sleep(0.01)
+            assert second.asked == []
             return super().sample(*args, **kwargs)
 
-    assert run(Nested(), cache_folder=tmp_path) == run()
+    assert run(First(), cache_folder=tmp_path) == run()
+    thread.join()
+    assert found == [run()] and second.asked == []
 
 
 def test_a_broken_cache_is_one_line(tmp_path: Path) -> None:
