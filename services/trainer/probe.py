@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 from zipfile import BadZipFile
 
 import numpy as np
@@ -62,7 +62,7 @@ class GradientProbe:
         if len(probe) < MIN_ROLLOUTS:
             return {}
         try:
-            losses = (lambda item=item: self._loss([item]) for item in probe)  # type: ignore[misc]
+            losses = (lambda item=item: self._loss([item]) for item in probe)
             coherence = gradient_coherence(losses, self._parameters)
         except torch.OutOfMemoryError:
             _log.warning(
@@ -100,7 +100,8 @@ def write_probe(path: Path, probe: Sequence[ScoredRollout]) -> None:
     """One NumPy archive without any pickle, whole or not there."""
     arrays = {f"{index}.{name}": value for index, item in enumerate(probe) for name, value in _flattened(item)}
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    # Names have a dot, so none is an option of the function's own.
+    np.savez(buffer, **cast(Any, arrays))
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_bytes(buffer.getvalue())
@@ -142,5 +143,5 @@ def _rebuilt(cls: type[RecordT], prefix: str, values: Mapping[str, NDArray[np.ge
             found[field.name] = _rebuilt(kind, f"{name}.", values)
         elif name in values:
             value = values[name].item() if values[name].ndim == 0 else values[name]
-            found[field.name] = kind(value) if isinstance(kind, type) and issubclass(kind, StrEnum) else value
+            found[field.name] = kind(str(value)) if isinstance(kind, type) and issubclass(kind, StrEnum) else value
     return cls(**found)

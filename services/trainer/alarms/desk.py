@@ -38,7 +38,7 @@ class Status(Protocol):
 class AlarmDesk:
     """Raised alarms go to events.jsonl, the terminal, the status server and, through `note`, the other loggers.
 
-    `shorten` makes the supervised part of responses shorter from the next step on; the alarms of `alarms.shorten` call it.
+    `shorten` makes the supervised part of responses shorter from the next step on; those of `alarms.shorten` call it.
     """
 
     def __init__(

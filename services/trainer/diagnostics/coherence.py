@@ -25,7 +25,8 @@ def gradient_coherence(losses: Iterable[Callable[[], Tensor]], parameters: Seque
         for index, gradient in enumerate(gradients):
             if gradient is not None:
                 # Not in place into what autograd gave: it may share memory with the graph's own buffers.
-                sums[index] = gradient if sums[index] is None else sums[index] + gradient
+                before = sums[index]
+                sums[index] = gradient if before is None else before + gradient
     total = math.fsum(norms)
     # The number of rollouts cancels out of the two means.
     return _norm(sums) / total if total > 0 else None

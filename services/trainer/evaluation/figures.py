@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from opd.errors import ConfigError
 from services.trainer.evaluation.continuation import ContinuationResult
 from services.trainer.evaluation.reward import RewardResult
-from services.trainer.report.drawing import COLORS
+from services.trainer.report.layout import COLORS
 
 _NUM_BINS = 30
 _SHOWN_QUANTILES = (0.01, 0.99)

@@ -85,7 +85,9 @@ def auroc_over_problems(
     return Estimate(value=value, low=float(low), high=float(high))
 
 
-def _wins(rewards_R: NDArray[np.float64], correct_R: NDArray[np.bool_], place_R: NDArray[np.intp]) -> NDArray:
+def _wins(
+    rewards_R: NDArray[np.float64], correct_R: NDArray[np.bool_], place_R: NDArray[np.intp]
+) -> NDArray[np.float64]:
     """[P, P] pairs of a right rollout of one problem and a wrong one of another that are in order; ties count 1/2."""
     num_problems = int(place_R.max()) + 1
     wins_PP = np.zeros((num_problems, num_problems))

@@ -113,8 +113,8 @@ def bounded_by_context(sampling: SamplingParams, prompts: Sequence[Ids], max_con
 
 def progress_bar(console: Console | None, *, transient: bool = False) -> Progress:
     """Counts what is done and guesses the time left; silent without a console, gone at the end where transient."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    columns = (*columns, TextColumn("left"), TimeRemainingColumn())
+    counts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (*counts, TextColumn("left"), TimeRemainingColumn())
     is_shown = console is not None and (console.is_terminal or not transient)
     return Progress(*columns, console=console, disable=not is_shown, transient=transient)
 

@@ -32,7 +32,7 @@ class WandbLogger:
                 name=settings.name or run_dir.resolve().name,
                 id=_run_id(run_dir),
                 dir=str(run_dir),
-                mode=settings.mode.value,
+                mode="offline" if settings.mode is WandbMode.OFFLINE else "online",
                 resume="allow",
                 config=dict(config),
                 settings=wandb.Settings(console="off", disable_git=True),

@@ -156,4 +156,4 @@ def _draw_map(ax: Axes, metric: PositionMetric, found: _Map, scale: tuple[float,
     bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, fraction=0.05, extend="both")
     bar.set_label(metric.unit, fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
