@@ -12,7 +12,7 @@ import typer
 
 from opd.errors import ConfigError, InvalidRequestError, OpdError
 from services.pool_cli import pool_app
-from services.recipes_cli import data
+from services.recipes_cli import cold_start, data
 from services.score_cli import score
 from services.tenants_cli import app as tenants_app
 
@@ -23,6 +23,7 @@ app.add_typer(tenants_app, name="tenants")
 app.add_typer(pool_app, name="pool")
 app.command()(score)
 app.command()(data)
+app.command("cold-start")(cold_start)
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file.")]
 Overrides = Annotated[

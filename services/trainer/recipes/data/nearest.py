@@ -10,7 +10,6 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
 
 from services.trainer.recipes.data.extras import import_extra
 
@@ -68,6 +67,7 @@ class SparseIndex:
             return _none_near(vectors.shape[0])
         # Stacked only when rows have come, so that many small additions stay cheap.
         if len(self._parts) > 1:
+            sparse = import_extra("scipy.sparse", "scikit-learn")
             self._parts = [sparse.vstack(self._parts, format="csr")]
         similarities_NM = vectors @ self._parts[0].T
         best_N = np.asarray(similarities_NM.max(axis=1).todense(), dtype=np.float32).ravel()
@@ -136,7 +136,7 @@ class _Kept:
 
 
 def _index_of(vectors: Vectors) -> NearestIndex:
-    return SparseIndex() if sparse.issparse(vectors) else FaissIndex(vectors.shape[1])
+    return SparseIndex() if _is_sparse(vectors) else FaissIndex(vectors.shape[1])
 
 
 def _above(
@@ -157,5 +157,9 @@ def _none_near(num_rows: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     return np.full(num_rows, -np.inf, np.float32), np.full(num_rows, -1, np.int64)
 
 
+def _is_sparse(vectors: Vectors) -> bool:
+    return not isinstance(vectors, np.ndarray)
+
+
 def _dense(matrix: Any) -> NDArray[np.float32]:
-    return np.asarray(matrix.todense() if sparse.issparse(matrix) else matrix, dtype=np.float32)
+    return np.asarray(matrix.todense() if _is_sparse(matrix) else matrix, dtype=np.float32)

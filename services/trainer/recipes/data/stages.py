@@ -1,4 +1,4 @@
-"""The stages a row goes through. Each takes candidates in order and returns who stays and who does not, with reasons."""
+"""The stages a row goes through: each takes candidates in order and returns who stays, and who does not and why."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
