@@ -64,7 +64,8 @@ def _column(values: list[Any]) -> list[Any]:
         parts = harmonize(present)
         inner = iter(parts)
         return [None if value is None else next(inner) for value in values]
-    if _is_plain(present) and len({type(value) for value in present}) > 1:
+    kinds = {type(value) for value in present}
+    if _is_plain(present) and len(kinds) > 1 and kinds != {int, float}:
         return [None if value is None else str(value) for value in values]
     return values
 
