@@ -41,15 +41,16 @@ class RolloutFile:
     def open(self, teacher_fingerprint: str) -> None:
         """Gets ready to add; the fingerprint is that of the weights which are to sample."""
         identity = self._identity | {"teacher_fingerprint": teacher_fingerprint}
+        is_new = not self._path.is_file() or self._path.stat().st_size == 0
+        if not is_new:
+            self._check(self._header(), identity)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{self._path}: {error.strerror}; give a run_dir that can be written") from error
-        if self._path.stat().st_size == 0:
+        if is_new:
             self._write({"rollouts": identity})
-        else:
-            self._check(self._header(), identity)
 
     def add(self, rollout: TeacherRollout) -> None:
         """Keeps one, on disk by the time this returns."""

@@ -1,5 +1,6 @@
 """Embedding backends: a real small sentence model from its package, word counts, and what is refused in one line."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,6 @@ def test_a_folder_that_holds_no_model_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_package_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
-    with pytest.raises(ConfigError, match="sentence-transformers is not installed.*install opd-services"):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(ConfigError, match=r"sentence-transformers is not installed.*install opd-services"):
         build_embedder(settings(EmbeddingBackend.PACKAGE))

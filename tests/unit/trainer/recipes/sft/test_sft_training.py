@@ -1,5 +1,6 @@
 """Fine-tuning: the schedule, exact means under any split, and a run that was ended goes on bit by bit."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -81,13 +82,13 @@ def test_the_schedule_warms_up_and_falls_along_a_cosine() -> None:
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert factors[5] == 1.0
     assert factors[5 + 19] == pytest.approx(0.5 * (1 + math.cos(math.pi * 19 / 95)))
-    assert all(later < earlier for earlier, later in zip(factors[5:], factors[6:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(factors[5:]))
     assert 0 < factors[-1] < 1e-3
     assert cosine_factor(0, 10, 0.0) == 1.0
 
 
 def test_it_learns_and_says_the_loss_before_and_after(tmp_path: Path) -> None:
-    settings = SETTINGS.model_copy(update={"num_epochs": 8})
+    settings = SETTINGS.model_copy(update={"num_epochs": 8, "checkpoint_every_steps": 1000})
     train(tmp_path, settings)
     summary = json.loads((tmp_path / "train_summary.json").read_text(encoding="utf-8"))
     assert summary["validation_examples"] == 6
