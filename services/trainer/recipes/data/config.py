@@ -57,8 +57,9 @@ class SemanticSettings(Settings):
 
     enabled: bool = False
     """Whether near-duplicates are dropped."""
-    within: bool = True
-    """Drops a question that is near an earlier one that was kept. The paper compares with the other set only."""
+    within: bool = False
+    """Also drops a question that is near an earlier one that was kept. The paper compares with the other set only, and
+    at its threshold this drops most of a set of one subject; raise the threshold with it."""
     backend: EmbeddingBackend = EmbeddingBackend.SENTENCE_TRANSFORMERS
     """sentence_transformers, package or tfidf."""
     model: str = ""
@@ -127,5 +128,7 @@ class DataRecipeSettings(Settings):
         if self.mix.enabled and not any(source.weight for source in self.sources.values()):
             raise ValueError("sources: every weight is 0, so the mix would be empty; give one above 0")
         if self.semantic.enabled and not (self.semantic.within or self.against.files):
-            raise ValueError("semantic.within=false with against.files=[]: nothing is compared; give files to compare")
+            raise ValueError(
+                "semantic.within=false with against.files=[]: nothing is compared; give files, or set within=true"
+            )
         return self

@@ -18,9 +18,7 @@ Outcome = tuple[list[Candidate], list[Drop]]
 
 def drop_exact(candidates: Sequence[Candidate], against: Sequence[Candidate]) -> Outcome:
     """The first of each question stays, unless `against` has it (stage 1 of C.3)."""
-    known: dict[str, Candidate] = {}
-    for other in against:
-        known.setdefault(other.question, other)
+    known = _first_of_each(against)
     seen: dict[str, Candidate] = {}
     kept: list[Candidate] = []
     drops: list[Drop] = []
@@ -46,7 +44,7 @@ def drop_near(
     advance: Advance,
 ) -> Outcome:
     """Near-duplicates by cosine (stage 2 of C.3). `advance` counts every question twice: embedded, and compared."""
-    others = list({other.question: other for other in reversed(against)}.values())[::-1]
+    others = list(_first_of_each(against).values())
     vectors, known = embedder.embed(
         [[candidate.question for candidate in candidates], [other.question for other in others]], advance
     )
@@ -106,6 +104,14 @@ def draw_mix(
     left = sorted(set(range(len(candidates))) - set(order))
     drops = [Drop(candidate=candidates[row], reason=DropReason.NOT_DRAWN) for row in left]
     return [candidates[row] for row in order], drops
+
+
+def _first_of_each(candidates: Sequence[Candidate]) -> dict[str, Candidate]:
+    """By question, in order."""
+    found: dict[str, Candidate] = {}
+    for candidate in candidates:
+        found.setdefault(candidate.question, candidate)
+    return found
 
 
 def mix_counts(available: dict[str, int], weights: dict[str, float], num_rows: int | None) -> dict[str, int]:

@@ -17,6 +17,7 @@ from services.trainer.recipes.data.writing import harmonize
 from services.trainer.templates import TEMPLATES
 
 SHARED_DATA = Path(__file__).parents[6] / "shared" / "data"
+NEAR = ("semantic.backend=tfidf", "semantic.within=true")
 QUESTIONS = {
     "a": ["What is 17 + 25?", "How many primes lie below 100?", "What is 17 + 25?", "Name the tallest tower in Rome."],
     "b": ["How many primes lie below 100 ?", "Find the area of a circle of radius 3.", "Which is 5 - 2?"],
@@ -71,7 +72,7 @@ def test_the_output_is_a_prompt_set_in_the_new_template(tmp_path: Path, suffix: 
 
 
 def test_near_duplicates_are_dropped_with_their_pairs_on_the_card(tmp_path: Path) -> None:
-    card = run(tmp_path, "semantic.enabled=true", "semantic.backend=tfidf", "semantic.threshold=0.9")
+    card = run(tmp_path, "semantic.enabled=true", *NEAR, "semantic.threshold=0.9")
     assert card["stages"][-1]["dropped"] == {"semantic_within": 1}
     assert card["embeddings"]["backend"] == "tfidf"
     (example,) = card["examples"]["semantic_within"]
@@ -91,7 +92,7 @@ def test_another_set_is_kept_out(tmp_path: Path) -> None:
 
 
 def test_the_same_recipe_gives_the_same_bytes(tmp_path: Path) -> None:
-    options = ("mix.enabled=true", "sources.b.weight=0.5", "semantic.enabled=true", "semantic.backend=tfidf", "seed=3")
+    options = ("mix.enabled=true", "sources.b.weight=0.5", "seed=3", "semantic.enabled=true", *NEAR)
     outputs = []
     for name in ("first", "second"):
         folder = tmp_path / name

@@ -1,13 +1,12 @@
 """Exact duplicates, length, and the shares of a mix."""
 
-from typing import Any
-
 import pytest
 
 from opd.errors import ConfigError
+from opd.settings import load_settings
 from services.trainer.prompts import PromptProblem
 from services.trainer.recipes.data.candidates import Candidate, DropReason
-from services.trainer.recipes.data.config import MixSettings, SourceSettings
+from services.trainer.recipes.data.config import DataRecipeSettings, MixSettings, SourceSettings
 from services.trainer.recipes.data.stages import draw_mix, drop_exact, drop_long, mix_counts
 from tests.unit.trainer.tiny_training import tiny_tokenizer
 
@@ -96,17 +95,14 @@ def test_a_mix_is_a_function_of_its_seed_and_repeats_no_row() -> None:
     assert draw(1)[0] != kept
 
 
-def test_settings_that_contradict_each_other_name_field_and_way_out(tmp_path: Any) -> None:
-    from opd.settings import load_settings
-    from services.trainer.recipes.data.config import DataRecipeSettings
-
+def test_settings_that_contradict_each_other_name_field_and_way_out() -> None:
     source = 'sources.a.files=["x.jsonl"]'
     for overrides, message in (
         ([source, "output=x.csv"], "end it in .parquet or .jsonl"),
         (["sources.a.files=[]", "output=x.jsonl"], "give sources.NAME.files"),
         ([source, "output=x.jsonl", "mix.num_rows=3"], "set mix.enabled=true"),
         ([source, "output=x.jsonl", "mix.enabled=true", "sources.a.weight=0"], "every weight is 0"),
-        ([source, "output=x.jsonl", "semantic.enabled=true", "semantic.within=false"], "nothing is compared"),
+        ([source, "output=x.jsonl", "semantic.enabled=true"], "nothing is compared"),
         ([source, "output=x.jsonl", "semantic.treshold=0.5"], "did you mean threshold"),
     ):
         with pytest.raises(ConfigError, match=message):
