@@ -6,6 +6,7 @@ hidden states of response positions go through the head, a chunk of rows at a ti
 exist. Dropout is switched off: the loss is a divergence of the distribution that was sampled.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -172,8 +173,12 @@ def _switch_dropout_off(model: Any) -> None:
 class StudentOptimizer:
     """AdamW with clipping and linear warm-up; matrices decay, norms and biases do not."""
 
-    def __init__(self, model: nn.Module, settings: OptimSettings) -> None:
+    def __init__(
+        self, model: nn.Module, settings: OptimSettings, lr_factor: Callable[[int], float] | None = None
+    ) -> None:
+        """`lr_factor` is what the learning rate is multiplied with at a step counted from 0, instead of the warm-up."""
         self._settings = settings
+        self._lr_factor = lr_factor or self._warmup_factor
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         # Decay shrinks weights towards zero, which for a norm's gain or a bias is no simpler function.
         decayed = [(name, parameter) for name, parameter in named if parameter.dim() >= _MIN_DECAYED_DIMS]
@@ -199,12 +204,15 @@ class StudentOptimizer:
 
     def step(self, step: int) -> float:
         """Applies the gradient; returns the learning rate used at `step` (counted from 0)."""
-        warmup = self._settings.warmup_steps
-        lr = self._settings.lr * min(1.0, (step + 1) / warmup) if warmup else self._settings.lr
+        lr = self._settings.lr * self._lr_factor(step)
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
         return lr
+
+    def _warmup_factor(self, step: int) -> float:
+        warmup = self._settings.warmup_steps
+        return min(1.0, (step + 1) / warmup) if warmup else 1.0
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything AdamW remembers, by `parameter name.slot`."""

@@ -78,6 +78,12 @@ def load_problems(
     return [retemplate(problem, template) for problem in problems]
 
 
+def load_rows(data: str, *, split: str = "train") -> list[Mapping[str, Any]]:
+    """The rows as they are in the file, unchecked and in the order of `load_problems`."""
+    with closing(_rows(data, split)) as rows:
+        return list(rows)
+
+
 def retemplate(problem: PromptProblem, template: str) -> PromptProblem:
     """The same question asked in another template; `ConfigError` for an unknown one."""
     last = {**problem.messages[-1], "content": get_template(template).render(problem.question)}
