@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from opd.client import SyncScoreClient
 from opd.errors import CheckpointError, ConfigError
 from opd.queue.connection import hide_password
 from services.trainer.checkpoint import Checkpoint, CheckpointStore, TrainerState
@@ -31,6 +32,8 @@ from services.trainer.models import LoadedModel, load_model
 from services.trainer.objectives.config import ObjectiveKind
 from services.trainer.objectives.dispatch import build_objective
 from services.trainer.prompt_files import PreparedPrompts, prepare_prompts
+from services.trainer.recipes.self_distillation.held import extra_state, followed, held_teacher
+from services.trainer.recipes.self_distillation.teacher import LocalTeacher
 from services.trainer.rollout.base import SamplingParams
 from services.trainer.rollout.transformers_engine import TransformersEngine
 from services.trainer.run_log import RunLog
@@ -62,6 +65,7 @@ class _Parts:
     prompts: PreparedPrompts
     engine: TransformersEngine
     evaluate: Callable[[int], dict[str, float]] | None
+    held: LocalTeacher | None
     teachers: TeacherRouter
     teacher_head: TeacherHead | None
 
@@ -90,6 +94,9 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
         _check_continuity(checkpoint, prompts, settings)
     engine = _engine(settings, loaded, score_top_k=settings.objective.score_top_k)
     _check_context(settings, engine.max_context)
+    held = held_teacher(settings, loaded, checkpoint)
+    if held is not None:
+        links = {ONLY_TEACHER: TeacherLink(settings=settings.teacher, client=held)}
     # Teachers may be long in coming, so they are met last.
     evaluate = _evaluator(settings, loaded, log)
     status.enter("waiting")
@@ -106,6 +113,7 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
         prompts=prompts,
         engine=engine,
         evaluate=evaluate,
+        held=held,
         teachers=teachers,
         teacher_head=_teacher_head(settings, links, teachers, loaded),
     )
@@ -134,14 +142,15 @@ def _wire(parts: _Parts) -> TrainingRun:
         student=student,
         loss=DistillLoss(student, build_objective(settings.objective), settings.objective, parts.teacher_head),
         optimizer=optimizer,
-        weights=SharedWeights(parts.engine),
+        weights=followed(SharedWeights(parts.engine), parts.held),
         first_step=parts.checkpoint.state.step if parts.checkpoint else 0,
         interruptible=parts.stop.interruptible,
     )
 
     def save(step: int) -> Path:
         state = TrainerState(step=step, seed=settings.seed, prompts_digest=parts.prompts.digest, config=config)
-        return parts.store.save(loaded.model, loaded.tokenizer, optimizer.state_tensors(), state)
+        extra = extra_state(parts.held)
+        return parts.store.save(loaded.model, loaded.tokenizer, optimizer.state_tensors(), state, extra)
 
     decode = _decoder(loaded.tokenizer) if settings.data.grade else None
     return TrainingRun(
@@ -213,6 +222,7 @@ def _teacher_head(
         return None
     device = next(loaded.model.parameters()).device
     client = links[ONLY_TEACHER].client
+    assert isinstance(client, SyncScoreClient)
     head = TeacherHead(client, lambda: teachers.info(ONLY_TEACHER), folder=settings.teacher.head_cache, device=device)
     head()
     return head

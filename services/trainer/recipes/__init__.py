@@ -1,0 +1,1 @@
+"""Ways to begin: what is done before a distillation run, or around one."""
