@@ -12,6 +12,7 @@ import typer
 
 from opd.errors import ConfigError, InvalidRequestError, OpdError
 from services.pool_cli import pool_app
+from services.preflight_cli import preflight
 from services.score_cli import score
 from services.tenants_cli import app as tenants_app
 
@@ -21,6 +22,7 @@ app.add_typer(teacher_app, name="teacher")
 app.add_typer(tenants_app, name="tenants")
 app.add_typer(pool_app, name="pool")
 app.command()(score)
+app.command()(preflight)
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file.")]
 Overrides = Annotated[
