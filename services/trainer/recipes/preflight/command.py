@@ -13,13 +13,14 @@ from services.trainer.loss import DistillLoss
 from services.trainer.models import LoadedModel, load_model
 from services.trainer.objectives.config import ObjectiveKind
 from services.trainer.objectives.dispatch import build_objective
-from services.trainer.recipes.preflight.findings import Findings, find_out
+from services.trainer.recipes.preflight.findings import Findings, accuracy_difference, find_out
 from services.trainer.recipes.preflight.gradient import BatchGradient, batch_gradient
 from services.trainer.recipes.preflight.measuring import Measuring, Progress, engine_of
 from services.trainer.recipes.preflight.page import print_findings, write_report
-from services.trainer.recipes.preflight.pilots import run_pilot
+from services.trainer.recipes.preflight.pilots import pilot_slopes, run_pilot, trained_student
 from services.trainer.recipes.preflight.prompt_sets import PromptSets, draw_prompts
 from services.trainer.recipes.preflight.records import RecordFile
+from services.trainer.recipes.preflight.rules import PilotSlopes
 from services.trainer.recipes.preflight.settings import AS_IS, PreflightSettings
 from services.trainer.recipes.preflight.teachers import MetTeacher, meet_teachers, name_teachers
 from services.trainer.stop import StopRequested, StopSignal
@@ -54,11 +55,7 @@ def preflight(settings: PreflightSettings, console: Console, stop: StopSignal) -
             measuring = Measuring(fitted, student, teachers, sets, records, say)
             measuring.measure()
             gradients = _gradients(fitted, student, sets, measuring)
-        pilots = {
-            teacher.name: run_pilot(fitted, teacher, stop, lambda line: console.print(line, markup=False))
-            for teacher in teachers
-            if settings.pilot.steps and teacher.router is not None
-        }
+        pilots = _pilots(fitted, teachers, measuring, records, stop, console)
     found = find_out(fitted, student.name, teachers, records, gradients, pilots, sets.same_as_is)
     written = write_report(found, settings.output_dir, fitted.model_dump(mode="json"))
     console.print("wrote " + ", ".join(str(path) for path in written), markup=False, soft_wrap=True)
@@ -136,6 +133,28 @@ def _gradients(
         )
         for name in (items[0].scores if items else ())
     }
+
+
+def _pilots(
+    settings: PreflightSettings,
+    teachers: Sequence[MetTeacher],
+    measuring: Measuring,
+    records: RecordFile,
+    stop: StopSignal,
+    console: Console,
+) -> dict[str, PilotSlopes]:
+    """Trains with every teacher that was not refused, and has the trained students answer the same prompts."""
+    found: dict[str, PilotSlopes] = {}
+    for teacher in teachers if settings.pilot.steps else ():
+        if teacher.router is None:
+            continue
+        # Not interruptible as a whole: the run itself says where it can be stopped without being torn.
+        run_dir = run_pilot(settings, teacher, stop, lambda line: console.print(line, markup=False))
+        with stop.interruptible():
+            measuring.answer(run_dir.name, load_model(str(trained_student(run_dir)), device=settings.device))
+        gain = accuracy_difference(records.answers_of(run_dir.name), records.prompts_in(AS_IS), settings.seed)
+        found[teacher.name] = pilot_slopes(run_dir, gain, seed=settings.seed)
+    return found
 
 
 def _progress_lines(console: Console) -> Progress:

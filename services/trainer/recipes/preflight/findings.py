@@ -84,11 +84,8 @@ def find_out(
     same_as_is: tuple[str, ...],
 ) -> Findings:
     """Everything from what was measured; pure but for reading `records`."""
-    by_template: dict[str, list[PromptRecord]] = {}
-    for record in records.prompts.values():
-        by_template.setdefault(record.template, []).append(record)
-    for found in by_template.values():
-        found.sort(key=lambda record: record.prompt)
+    names = dict.fromkeys(template for template, _ in records.prompts)
+    by_template = {name: records.prompts_in(name) for name in names}
     as_is = by_template[AS_IS]
     findings = tuple(
         _teacher_findings(
@@ -122,8 +119,7 @@ def _teacher_findings(
     is_met = teacher.info is not None
     name, seed, as_is = teacher.name, settings.seed, by_template[AS_IS]
     metrics = _metrics(as_is, name, seed) if is_met else {}
-    answers = [record for record in records.answers.values() if record.teacher == name]
-    answers.sort(key=lambda record: record.prompt)
+    answers = records.answers_of(name)
     changes = {
         template: _template_change(as_is, found, name, seed)
         for template, found in by_template.items()
@@ -139,7 +135,7 @@ def _teacher_findings(
         metrics=metrics,
         by_position=_by_position(as_is, name) if is_met else {},
         accuracy=_accuracy(answers, seed),
-        gap=_gap(answers, as_is, seed),
+        gap=accuracy_difference(answers, as_is, seed),
         auroc=_auroc(as_is, name) if is_met else None,
         gradient=gradient,
         templates=changes,
@@ -159,7 +155,7 @@ def _candidate(found: TeacherFindings) -> rules.Candidate:
         new_knowledge=found.new_knowledge,
         gap=found.gap,
         overlap_mass=found.metrics.get("overlap_mass_student"),
-        pilot_accuracy=found.pilot.accuracy if found.pilot else None,
+        pilot_gain=found.pilot.gain if found.pilot else None,
     )
 
 
@@ -225,8 +221,8 @@ def _accuracy(records: Sequence[PromptRecord] | Sequence[AnswerRecord], seed: in
     return ratio_over_prompts(totals, counts, seed=seed) if counts.sum() else None
 
 
-def _gap(answers: Sequence[AnswerRecord], as_is: Sequence[PromptRecord], seed: int) -> Estimate | None:
-    """On the prompts that both have answered."""
+def accuracy_difference(answers: Sequence[AnswerRecord], as_is: Sequence[PromptRecord], seed: int) -> Estimate | None:
+    """Of whoever answered minus the student's, on the prompts that both have answered."""
     answered = {record.prompt for record in answers}
     teacher, student = _outcomes(answers), _outcomes([record for record in as_is if record.prompt in answered])
     if not teacher[1].sum() or not student[1].sum():

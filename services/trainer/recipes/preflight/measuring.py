@@ -23,7 +23,7 @@ from services.trainer.models import LoadedModel
 from services.trainer.prompts import TokenizedPrompt
 from services.trainer.recipes.preflight.prompt_sets import PromptSets
 from services.trainer.recipes.preflight.records import AnswerRecord, PromptRecord, RecordFile, TeacherRecord
-from services.trainer.recipes.preflight.settings import PreflightSettings
+from services.trainer.recipes.preflight.settings import AS_IS, PreflightSettings
 from services.trainer.recipes.preflight.teachers import MetTeacher
 from services.trainer.rollout.base import RolloutRequest, SamplingParams, derive_seed
 from services.trainer.rollout.transformers_engine import TransformersEngine
@@ -78,7 +78,7 @@ class Measuring:
                     self._records.add(self._prompt_record(template, place, prompt, items))
         for teacher in self._teachers:
             if teacher.loaded is not None and teacher.router is not None:
-                self._answer(teacher, teacher.loaded)
+                self.answer(teacher.name, teacher.loaded)
 
     def scored(self, prompts: Sequence[TokenizedPrompt], places: Sequence[int]) -> list[list[ScoredByAll]]:
         """Rollouts of each prompt with all scores; `places` decide the seeds."""
@@ -149,14 +149,11 @@ class Measuring:
             teachers={name: teacher_record(items, name) for name, _ in self._routers()},
         )
 
-    def _answer(self, teacher: MetTeacher, loaded: LoadedModel) -> None:
-        """Samples the teacher's own responses to the prompts as they are, for its accuracy."""
-        prompts = next(iter(self._sets.by_template.values()))
+    def answer(self, name: str, loaded: LoadedModel) -> None:
+        """Samples a model's own responses to the prompts as they are, with the student's seeds, for its accuracy."""
+        prompts, done = self._sets.by_template[AS_IS], self._records.answers
         known = [place for place, prompt in enumerate(prompts) if prompt.answer is not None and prompt.template]
-        done = self._records.answers
-        for numbers in self._missing(
-            f"{teacher.name}, answers", len(known), lambda n: (teacher.name, known[n]) in done
-        ):
+        for numbers in self._missing(f"{name}, answers", len(known), lambda number: (name, known[number]) in done):
             places = [known[number] for number in numbers]
             chosen = [prompts[place] for place in places]
             by_prompt: list[list[Rollout]] = [[] for _ in chosen]
@@ -165,7 +162,7 @@ class Measuring:
             for place, prompt, rollouts in zip(places, chosen, by_prompt, strict=True):
                 self._records.add(
                     AnswerRecord(
-                        teacher=teacher.name,
+                        model=name,
                         prompt=place,
                         is_correct=[_grade(rollout, prompt, loaded.tokenizer) for rollout in rollouts],
                         num_tokens=[int(rollout.response_token_ids.size) for rollout in rollouts],

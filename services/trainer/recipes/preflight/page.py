@@ -88,6 +88,9 @@ def _number_table(teachers: Sequence[TeacherFindings], shown: Callable[[Estimate
         rows.append([label, *(shown(teacher.metrics.get(key), text) for teacher in teachers)])
     rows.append(["accuracy", *(shown(teacher.accuracy, "{:.3f}") for teacher in teachers)])
     rows.append(["ahead of student", *(shown(teacher.gap, "{:+.3f}") for teacher in teachers)])
+    if any(teacher.pilot for teacher in teachers):
+        pilots = [teacher.pilot for teacher in teachers]
+        rows.append(["gained by the pilot", *(shown(item.gain if item else None, "{:+.3f}") for item in pilots)])
     gradients = [teacher.gradient for teacher in teachers]
     rows.append(["loss of one batch", *(f"{item.loss:.4f}" if item else "-" for item in gradients)])
     rows.append(["its gradient norm", *(f"{item.grad_norm:.3f}" if item else "-" for item in gradients)])

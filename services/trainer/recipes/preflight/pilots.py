@@ -9,7 +9,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from services.trainer.assembly import assemble
+from services.trainer.assembly import CHECKPOINTS, assemble
+from services.trainer.checkpoint import CheckpointStore
 from services.trainer.config import TrainSettings
 from services.trainer.evaluation.estimates import Estimate
 from services.trainer.recipes.preflight.estimates import slope
@@ -20,10 +21,8 @@ from services.trainer.run_log import read_steps
 from services.trainer.stop import StopSignal
 
 
-def run_pilot(
-    settings: PreflightSettings, teacher: MetTeacher, stop: StopSignal, say: Callable[[str], None]
-) -> PilotSlopes:
-    """Takes the steps that are missing and looks at the curves. Raises what a training run raises."""
+def run_pilot(settings: PreflightSettings, teacher: MetTeacher, stop: StopSignal, say: Callable[[str], None]) -> Path:
+    """Takes the steps that are missing; the run's folder. Raises what a training run raises."""
     training = pilot_settings(settings, teacher)
     num_done = len(read_steps(training.run_dir)) if training.run_dir.exists() else 0
     if num_done < settings.pilot.steps:
@@ -33,7 +32,12 @@ def run_pilot(
             run.train()
         finally:
             run.close()
-    return slopes_of(training.run_dir, seed=settings.seed)
+    return training.run_dir
+
+
+def trained_student(run_dir: Path) -> Path:
+    """The model folder that the pilot left."""
+    return CheckpointStore(run_dir / CHECKPOINTS, keep_last=1).folders()[-1]
 
 
 def pilot_settings(settings: PreflightSettings, teacher: MetTeacher) -> TrainSettings:
@@ -52,7 +56,7 @@ def pilot_settings(settings: PreflightSettings, teacher: MetTeacher) -> TrainSet
     return training.model_copy(update={"run_dir": settings.output_dir / f"pilot-{teacher.name}-{digest}"})
 
 
-def slopes_of(run_dir: Path, *, seed: int) -> PilotSlopes:
+def pilot_slopes(run_dir: Path, gain: Estimate | None, *, seed: int) -> PilotSlopes:
     """Change per step of each curve, with its interval; a curve that was not measured has none."""
     records = read_steps(run_dir)
 
@@ -65,4 +69,5 @@ def slopes_of(run_dir: Path, *, seed: int) -> PilotSlopes:
         reverse_kl=of("loss/reverse_kl"),
         overlap_ratio=of("distill/overlap_ratio"),
         accuracy=of("outcome/accuracy"),
+        gain=gain,
     )

@@ -44,9 +44,10 @@ class PromptRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerRecord:
-    """How a teacher itself answers one prompt."""
+    """How a model other than the student answers one prompt."""
 
-    teacher: str
+    model: str
+    """A teacher's name, or that of a pilot's run."""
     prompt: int
     is_correct: list[bool | None]
     num_tokens: list[int]
@@ -77,6 +78,16 @@ class RecordFile:
             file._keep(json.loads(line))
         return file
 
+    def answers_of(self, model: str) -> list[AnswerRecord]:
+        """By prompt."""
+        return sorted((record for (name, _), record in self.answers.items() if name == model), key=lambda r: r.prompt)
+
+    def prompts_in(self, template: str) -> list[PromptRecord]:
+        """By prompt."""
+        return sorted(
+            (record for (name, _), record in self.prompts.items() if name == template), key=lambda r: r.prompt
+        )
+
     def add(self, record: PromptRecord | AnswerRecord) -> None:
         kind = "prompt" if isinstance(record, PromptRecord) else "answer"
         line = {"kind": kind} | asdict(record)
@@ -91,7 +102,7 @@ class RecordFile:
         fields = {name: value for name, value in line.items() if name != "kind"}
         if line["kind"] == "answer":
             answer = AnswerRecord(**fields)
-            self.answers[answer.teacher, answer.prompt] = answer
+            self.answers[answer.model, answer.prompt] = answer
             return
         teachers = {name: TeacherRecord(**value) for name, value in fields.pop("teachers").items()}
         record = PromptRecord(**fields, teachers=teachers)

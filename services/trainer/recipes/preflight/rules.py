@@ -45,12 +45,15 @@ class Judgement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PilotSlopes:
-    """Change per step over a short training run; None for a curve that was not measured or is too short."""
+    """What a short training run did: its curves' change per step; None for one not measured, or of too few steps."""
 
     num_steps: int
     reverse_kl: Estimate | None
     overlap_ratio: Estimate | None
     accuracy: Estimate | None
+    """Of the training rollouts, other prompts at each step: noisy."""
+    gain: Estimate | None = None
+    """Accuracy after the run minus before, on the same prompts with the same seeds; None where no answer is known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,8 +68,7 @@ class Candidate:
     """Accuracy of the teacher minus the student's; None where the teacher cannot be sampled."""
     overlap_mass: Estimate | None
     """For the order of what is otherwise equal (3.1)."""
-    pilot_accuracy: Estimate | None = None
-    """Per step."""
+    pilot_gain: Estimate | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,31 +138,33 @@ def judge_compatibility(metrics: Mapping[str, Estimate], limits: Thresholds) -> 
 def judge_new_knowledge(pilot: PilotSlopes | None, limits: Thresholds) -> Judgement:
     """Condition 2: something new to the student (3.2), told by a pilot alone.
 
-    `yes` when accuracy rises while the student comes closer (KL falls); `no` when accuracy does not rise although it
-    comes closer. Accuracy that rises while KL does not fall is no sign yet: alignment is what marks a run that works
-    (4.1).
+    `yes` when accuracy has risen while the student came closer (KL falls), `no` when it has fallen. Accuracy that rises
+    while KL does not fall is no sign yet: alignment is what marks a run that works (4.1).
     """
     if pilot is None:
         return _untold("no pilot was run (--pilot-steps)")
-    if pilot.accuracy is None or pilot.reverse_kl is None:
-        missing = "answers are not known" if pilot.accuracy is None and pilot.reverse_kl else "it is too short"
-        return _untold(f"the pilot has no slopes: {missing}")
-    rises = above("accuracy per step", pilot.accuracy, limits.accuracy_slope, "3.2")
+    if pilot.gain is None:
+        return _untold("no answer is known, so the pilot shows no accuracy")
+    if pilot.reverse_kl is None:
+        return _untold(f"{pilot.num_steps} steps are too few for a slope; give --pilot-steps 4 or more")
+    rises = above("accuracy gained by the pilot", pilot.gain, limits.pilot_gain, "3.2")
     falls = below("reverse KL per step", pilot.reverse_kl, 0.0, "4.1, B.2")
     evidence = [rises, falls]
-    if pilot.overlap_ratio is not None:
-        evidence.append(above("overlap ratio per step", pilot.overlap_ratio, 0.0, "4.1"))
-    verdict, reason = Verdict.UNCLEAR, "the pilot's curves are within their noise"
-    if rises.verdict is Verdict.YES and falls.verdict is Verdict.YES:
-        verdict, reason = Verdict.YES, "accuracy rises while the student comes closer"
-    elif rises.verdict is Verdict.YES:
-        reason = "accuracy rises, but the student comes no closer: run a longer pilot"
-    elif falls.verdict is Verdict.YES:
-        verdict = Verdict.NO if rises.verdict is Verdict.NO else Verdict.UNCLEAR
-        reason = "the student comes closer, and accuracy does not rise"
-    elif rises.verdict is Verdict.NO:
-        verdict, reason = Verdict.NO, "accuracy falls"
+    for name, estimate in (("overlap ratio per step", pilot.overlap_ratio), ("accuracy per step", pilot.accuracy)):
+        if estimate is not None:
+            evidence.append(above(name, estimate, 0.0, "4.1"))
+    verdict, reason = _by_pilot(rises.verdict, falls.verdict)
     return Judgement(verdict=verdict, evidence=tuple(evidence), reason=reason)
+
+
+def _by_pilot(rises: Verdict, falls: Verdict) -> tuple[Verdict, str]:
+    if rises is Verdict.NO:
+        return Verdict.NO, "the pilot lost accuracy"
+    if rises is Verdict.UNCLEAR:
+        return Verdict.UNCLEAR, "what the pilot gained is within the noise"
+    if falls is Verdict.YES:
+        return Verdict.YES, "accuracy rose while the student came closer"
+    return Verdict.UNCLEAR, "accuracy rose, but the student came no closer: run a longer pilot"
 
 
 def _untold(reason: str) -> Judgement:
@@ -168,7 +172,7 @@ def _untold(reason: str) -> Judgement:
 
 
 def rank(candidates: Sequence[Candidate], limits: Thresholds) -> list[Ranked]:
-    """Best first by predicted gain; among equals by the pilot's accuracy, then the gap, then the overlap mass."""
+    """Best first by predicted gain; among equals by the pilot's gain, then the gap, then the overlap mass."""
     predicted = [(candidate, *predict(candidate, limits)) for candidate in candidates]
     order = sorted(predicted, key=lambda item: (_ORDER.index(item[1]), *_tie_break(item[0])))
     return [
@@ -181,9 +185,9 @@ _ORDER = ("gain", "possible gain", "little", "risky", "none")
 
 
 def _tie_break(candidate: Candidate) -> tuple[float, float, float]:
-    found = (candidate.pilot_accuracy, candidate.gap, candidate.overlap_mass)
-    slope, gap, mass = (-estimate.value if estimate is not None else 0.0 for estimate in found)
-    return slope, gap, mass
+    found = (candidate.pilot_gain, candidate.gap, candidate.overlap_mass)
+    gain, gap, mass = (-estimate.value if estimate is not None else 0.0 for estimate in found)
+    return gain, gap, mass
 
 
 def predict(candidate: Candidate, limits: Thresholds) -> tuple[str, str]:
@@ -199,17 +203,16 @@ def predict(candidate: Candidate, limits: Thresholds) -> tuple[str, str]:
         return "risky", f"patterns do not fit (3.1): {compatible.reason}"
     if gap is not None and gap.high < limits.accuracy_gap:
         return "little", "it is no better than the student (3.2)"
-    known = knowledge.verdict if knowledge is not None else Verdict.CANNOT_BE_TOLD
+    known, said = (knowledge.verdict, knowledge.reason) if knowledge else (Verdict.CANNOT_BE_TOLD, "no pilot was run")
     if known is Verdict.NO:
-        return "little", f"nothing new (3.2): {knowledge.reason if knowledge else ''}"
+        return "little", f"nothing new (3.2): {said}"
     if known is Verdict.YES:
         certain = "gain" if compatible.verdict is Verdict.YES else "possible gain"
         return certain, "patterns fit, and the pilot gains" if certain == "gain" else "the pilot gains; fit not settled"
     if gap is not None and gap.low <= limits.accuracy_gap:
         return "little", "its lead over the student is within the noise (3.2)"
-    if compatible.verdict is Verdict.YES:
-        return "possible gain", "patterns fit; whether it has something new, only a pilot tells (3.2)"
-    return "possible gain", f"patterns {compatible.reason}; and only a pilot tells what is new (3.2)"
+    fit = "patterns fit" if compatible.verdict is Verdict.YES else f"fit {compatible.reason}"
+    return "possible gain", f"{fit}; whether it has something new is open (3.2): {said}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,8 +30,8 @@ class Thresholds(Settings):
     """4.1: the gap narrows in runs that work; one as large as the student's own entropy is a mismatch."""
     accuracy_gap: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """3.2: by how much a teacher has to be ahead for there to be anything to gain."""
-    accuracy_slope: Annotated[float, Field(ge=0)] = 0.0
-    """3.2, 4.1: what a pilot's accuracy has to gain per step."""
+    pilot_gain: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """3.2: accuracy that a pilot has to add."""
 
 
 class PilotSettings(Settings):

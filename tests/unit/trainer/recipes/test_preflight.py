@@ -174,11 +174,16 @@ def test_a_pilot_is_a_training_run_that_goes_on_and_is_not_repeated(world: Path,
     settings = settings_of(world, tmp_path, "other", templates=(), pilot=pilot, max_prompt_tokens=40)
     first = run(settings).teachers[0]
     assert first.pilot is not None and first.pilot.num_steps == 5
-    assert first.pilot.reverse_kl is not None and first.pilot.accuracy is not None
+    assert first.pilot.reverse_kl is not None and first.pilot.accuracy is not None and first.pilot.gain is not None
     assert first.new_knowledge is not None and first.new_knowledge.evidence
     folder = next(tmp_path.glob("pilot-other-*"))
     values = [record["loss/reverse_kl"] for record in read_steps(folder)]
     assert first.pilot.reverse_kl.value == pytest.approx(np.polyfit(range(5), values, 1)[0], rel=1e-6)
+    lines = [json.loads(line) for line in next(tmp_path.glob("records-*.jsonl")).read_text().splitlines()]
+    after = [line["is_correct"] for line in lines if line.get("model") == folder.name]
+    student = [line["is_correct"] for line in lines if line["kind"] == "prompt"]
+    assert len(after) == len(student) == NUM_PROMPTS
+    assert first.pilot.gain.value == pytest.approx(np.mean(after) - np.mean(student), abs=1e-12)
     before = (folder / "metrics.jsonl").stat().st_mtime_ns
     assert run(settings).teachers[0].pilot == first.pilot
     assert (folder / "metrics.jsonl").stat().st_mtime_ns == before

@@ -38,8 +38,10 @@ GOOD = {
 }
 
 
-def pilot(accuracy: Estimate | None, reverse_kl: Estimate | None, steps: int = 8) -> PilotSlopes:
-    return PilotSlopes(num_steps=steps, reverse_kl=reverse_kl, overlap_ratio=around(0.002), accuracy=accuracy)
+def pilot(gain: Estimate | None, reverse_kl: Estimate | None) -> PilotSlopes:
+    return PilotSlopes(
+        num_steps=8, reverse_kl=reverse_kl, overlap_ratio=around(0.002), accuracy=around(0.0, 0.1), gain=gain
+    )
 
 
 def judged(verdict: Verdict) -> Judgement:
@@ -101,14 +103,13 @@ def test_thresholds_are_settings() -> None:
     ("slopes", "verdict", "reason"),
     [
         (None, Verdict.CANNOT_BE_TOLD, "no pilot"),
-        (pilot(None, around(-0.01)), Verdict.CANNOT_BE_TOLD, "answers are not known"),
-        (pilot(None, None), Verdict.CANNOT_BE_TOLD, "too short"),
-        (pilot(around(0.02), around(-0.01)), Verdict.YES, "accuracy rises while the student comes closer"),
-        (pilot(around(0.02), around(0.01)), Verdict.UNCLEAR, "comes no closer"),
-        (pilot(around(0.0), around(-0.01)), Verdict.UNCLEAR, "accuracy does not rise"),
-        (pilot(around(-0.02), around(-0.01)), Verdict.NO, "accuracy does not rise"),
-        (pilot(around(-0.02), around(0.01)), Verdict.NO, "accuracy falls"),
-        (pilot(around(0.0), around(0.0)), Verdict.UNCLEAR, "within their noise"),
+        (pilot(None, around(-0.01)), Verdict.CANNOT_BE_TOLD, "no answer is known"),
+        (pilot(around(0.02), None), Verdict.CANNOT_BE_TOLD, "8 steps are too few"),
+        (pilot(around(0.02), around(-0.01)), Verdict.YES, "accuracy rose while the student came closer"),
+        (pilot(around(0.02), around(0.01)), Verdict.UNCLEAR, "came no closer"),
+        (pilot(around(0.0), around(-0.01)), Verdict.UNCLEAR, "within the noise"),
+        (pilot(around(-0.02), around(-0.01)), Verdict.NO, "lost accuracy"),
+        (pilot(around(-0.02), around(0.01)), Verdict.NO, "lost accuracy"),
     ],
 )
 def test_condition_2_is_told_by_a_pilot_alone(slopes: PilotSlopes | None, verdict: Verdict, reason: str) -> None:
@@ -145,7 +146,7 @@ def test_equals_are_ordered_by_the_pilot_then_the_lead_then_the_mass() -> None:
         candidate(name="low-mass", overlap_mass=around(0.97)),
         candidate(name="high-mass", overlap_mass=around(0.99)),
         candidate(name="ahead", gap=around(0.5, 0.1)),
-        candidate(name="piloted", pilot_accuracy=around(0.01)),
+        candidate(name="piloted", pilot_gain=around(0.01)),
     ]
     ranked = rank(teachers, LIMITS)
     assert [item.name for item in ranked] == ["piloted", "ahead", "high-mass", "low-mass", "equal", "unfit", "refused"]
