@@ -13,6 +13,9 @@ from typing import Any
 
 from opd.errors import ConfigError
 
+FORMAT = 1
+"""Raised when records mean something else than before, so that older files are left alone."""
+
 Sums = tuple[float, float]
 """Total and count."""
 
@@ -64,7 +67,8 @@ class RecordFile:
     @classmethod
     def open(cls, folder: Path, identity: Mapping[str, Any]) -> "RecordFile":
         """The file of this identity, with the records of an earlier start; a last line that was cut off is none."""
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        told = json.dumps({"format": FORMAT} | dict(identity), sort_keys=True)
+        digest = hashlib.sha256(told.encode()).hexdigest()[:16]
         file = cls(path=folder / f"records-{digest}.jsonl")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -74,8 +78,11 @@ class RecordFile:
                 file.path.write_text(whole, encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"output_dir={folder}: cannot be used ({error.strerror}); give another folder") from error
-        for line in whole.splitlines():
-            file._keep(json.loads(line))
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                file._keep(json.loads(line))
+            except (ValueError, TypeError, KeyError) as error:
+                raise ConfigError(f"{file.path}: line {number} is no record; remove the file") from error
         return file
 
     def answers_of(self, model: str) -> list[AnswerRecord]:

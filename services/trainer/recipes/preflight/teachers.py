@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urldefrag
 
 from opd.errors import ConfigError, UnsupportedError, VocabularyMismatchError
-from opd.types import TeacherInfo
+from opd.types import Encoding, TeacherInfo
 from opd.vocabulary import check_same_vocabulary
 from services.trainer.config import ONLY_TEACHER, TeacherSettings, TrainSettings
 from services.trainer.models import LoadedModel, load_model
@@ -66,12 +65,13 @@ def name_teachers(settings: PreflightSettings) -> list[NamedTeacher]:
 
 
 def _settings_of(given: str, settings: PreflightSettings) -> TeacherSettings:
-    if "://" in given:
-        url, pool = urldefrag(given)
-        return TeacherSettings(url=url, pool=pool or "teacher", tenant=settings.tenant, wait_s=settings.wait_s)
-    if _NAME.fullmatch(given) and not Path(given).is_dir():
-        return TeacherSettings(pool=given, tenant=settings.tenant, wait_s=settings.wait_s)
-    return TeacherSettings(kind=TeacherKind.FOLDER, model=given)
+    url, _, pool = given.partition("#") if "://" in given else ("", "", given)
+    if not url and (Path(given).is_dir() or not _NAME.fullmatch(given)):
+        return TeacherSettings(kind=TeacherKind.FOLDER, model=given)
+    # What is to be compared with a teacher loaded here should not be rounded on its way.
+    return TeacherSettings(
+        url=url, pool=pool or "teacher", tenant=settings.tenant, wait_s=settings.wait_s, encoding=Encoding.FLOAT32
+    )
 
 
 def train_settings(settings: PreflightSettings, teacher: TeacherSettings) -> TrainSettings:

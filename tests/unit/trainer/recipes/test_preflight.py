@@ -224,6 +224,9 @@ def test_a_record_file_that_cannot_be_kept_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"output_dir=.*taken: cannot be used"):
         RecordFile.open(tmp_path / "taken", {})
+    RecordFile.open(tmp_path, {}).path.write_text('{"kind": "prompt"}\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"records-.*\.jsonl: line 1 is no record; remove the file"):
+        RecordFile.open(tmp_path, {})
 
 
 def test_a_document_escapes_what_it_shows() -> None:
