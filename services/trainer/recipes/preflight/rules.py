@@ -78,7 +78,7 @@ class Ranked:
     name: str
     place: int
     predicted: str
-    """`gain`, `possible gain`, `little`, `risky` or `none`."""
+    """`gain`, `possible gain`, `little`, `loss`, `risky` or `none`."""
     reason: str
 
 
@@ -181,7 +181,7 @@ def rank(candidates: Sequence[Candidate], limits: Thresholds) -> list[Ranked]:
     ]
 
 
-_ORDER = ("gain", "possible gain", "little", "risky", "none")
+_ORDER = ("gain", "possible gain", "little", "loss", "risky", "none")
 
 
 def _tie_break(candidate: Candidate) -> tuple[float, float, float]:
@@ -193,16 +193,18 @@ def _tie_break(candidate: Candidate) -> tuple[float, float, float]:
 def predict(candidate: Candidate, limits: Thresholds) -> tuple[str, str]:
     """The predicted gain and its reason, by both conditions and by what there is to gain.
 
-    An incompatible teacher comes after one that has nothing to teach: pulling towards other patterns costs what the
-    student can do (3.1, 3.3), copying an equal costs nothing.
+    A student comes to where its teacher is, up or down (3.3): an equal costs nothing, a worse one costs the difference,
+    and other patterns than the student's own may cost everything (3.1).
     """
     compatible, knowledge, gap = candidate.compatible, candidate.new_knowledge, candidate.gap
     if candidate.is_refused or compatible is None:
         return "none", "the handshake refuses it"
     if compatible.verdict is Verdict.NO:
         return "risky", f"patterns do not fit (3.1): {compatible.reason}"
+    if gap is not None and gap.high < 0:
+        return "loss", "it is worse than the student, which comes down to it (3.3)"
     if gap is not None and gap.high < limits.accuracy_gap:
-        return "little", "it is no better than the student (3.2)"
+        return "little", "it is hardly better than the student (3.2)"
     known, said = (knowledge.verdict, knowledge.reason) if knowledge else (Verdict.CANNOT_BE_TOLD, "no pilot was run")
     if known is Verdict.NO:
         return "little", f"nothing new (3.2): {said}"

@@ -123,7 +123,8 @@ def test_condition_2_is_told_by_a_pilot_alone(slopes: PilotSlopes | None, verdic
     [
         ({"is_refused": True, "compatible": None}, "none"),
         ({"compatible": judged(Verdict.NO), "new_knowledge": judged(Verdict.YES)}, "risky"),
-        ({"gap": around(-0.2, 0.1)}, "little"),
+        ({"gap": around(-0.2, 0.1)}, "loss"),
+        ({"gap": around(-0.05, 0.1)}, "little"),
         ({"gap": around(0.05, 0.1)}, "little"),
         ({"gap": around(0.05, 0.1), "new_knowledge": judged(Verdict.YES)}, "gain"),
         ({"new_knowledge": judged(Verdict.NO)}, "little"),
@@ -142,15 +143,23 @@ def test_equals_are_ordered_by_the_pilot_then_the_lead_then_the_mass() -> None:
     teachers = [
         candidate(name="refused", is_refused=True, compatible=None),
         candidate(name="unfit", compatible=judged(Verdict.NO)),
-        candidate(name="equal", gap=around(-0.2, 0.1)),
+        candidate(name="worse", gap=around(-0.2, 0.1)),
+        candidate(name="equal", gap=around(0.0, 0.1)),
         candidate(name="low-mass", overlap_mass=around(0.97)),
         candidate(name="high-mass", overlap_mass=around(0.99)),
         candidate(name="ahead", gap=around(0.5, 0.1)),
         candidate(name="piloted", pilot_gain=around(0.01)),
     ]
     ranked = rank(teachers, LIMITS)
-    assert [item.name for item in ranked] == ["piloted", "ahead", "high-mass", "low-mass", "equal", "unfit", "refused"]
-    assert [item.place for item in ranked] == [1, 2, 3, 4, 5, 6, 7]
+    order = ["piloted", "ahead", "high-mass", "low-mass", "equal", "worse", "unfit", "refused"]
+    assert [item.name for item in ranked] == order
+    assert [item.place for item in ranked] == list(range(1, 9))
+
+
+def test_a_lead_that_is_certain_may_still_be_too_small_to_matter() -> None:
+    lead = candidate(gap=around(0.01, 0.005))
+    assert predict(lead, LIMITS)[0] == "possible gain"
+    assert predict(lead, Thresholds(accuracy_gap=0.05))[0] == "little"
 
 
 def change(ratio: float, mass: float = 0.0) -> TemplateChange:
