@@ -13,6 +13,7 @@ import typer
 from opd.errors import ConfigError, InvalidRequestError, OpdError
 from services.eval_cli import auroc, continuation, evaluate
 from services.pool_cli import pool_app
+from services.preflight_cli import preflight
 from services.recipes_cli import cold_start, data
 from services.score_cli import score
 from services.tenants_cli import app as tenants_app
@@ -28,6 +29,7 @@ app.command()(continuation)
 app.command()(auroc)
 app.command()(data)
 app.command("cold-start")(cold_start)
+app.command()(preflight)
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file.")]
 Overrides = Annotated[

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from opd.client import SyncScoreClient
 from opd.errors import CheckpointError, ConfigError
 from opd.queue.connection import hide_password
 from services.trainer.alarms.desk import AlarmDesk, require_horizon
@@ -30,6 +31,7 @@ from services.trainer.evaluator import Evaluator
 from services.trainer.horizon import Horizon
 from services.trainer.http_api import RunStatus, StatusServer
 from services.trainer.loggers.build import open_loggers
+from services.trainer.loggers.contract import Loggers
 from services.trainer.loop import LoopSettings, Scorer, TrainingLoop
 from services.trainer.loss import DistillLoss
 from services.trainer.models import LoadedModel, load_model
@@ -37,6 +39,8 @@ from services.trainer.objectives.config import ObjectiveKind
 from services.trainer.objectives.dispatch import build_objective
 from services.trainer.probe import PROBE_FILE, GradientProbe
 from services.trainer.prompt_files import PreparedPrompts, prepare_prompts
+from services.trainer.recipes.self_distillation.held import extra_state, followed, held_teacher
+from services.trainer.recipes.self_distillation.teacher import LocalTeacher
 from services.trainer.rewards import AnswerReward
 from services.trainer.rollout.base import SamplingParams
 from services.trainer.rollout.transformers_engine import TransformersEngine
@@ -70,6 +74,7 @@ class _Parts:
     prompts: PreparedPrompts
     engine: TransformersEngine
     evaluate: Callable[[int], dict[str, float]] | None
+    held: LocalTeacher | None
     teachers: Scorer
     teacher_head: TeacherHead | None
 
@@ -99,6 +104,9 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
         _check_continuity(checkpoint, prompts, settings)
     engine = _engine(settings, loaded, score_top_k=settings.objective.score_top_k)
     _check_context(settings, engine.max_context)
+    held = held_teacher(settings, loaded, checkpoint)
+    if held is not None:
+        links = {ONLY_TEACHER: TeacherLink(settings=settings.teacher, client=held)}
     # Teachers may be long in coming, so they are met last.
     evaluate = _evaluator(settings, loaded, log)
     status.enter("waiting")
@@ -115,6 +123,7 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
         prompts=prompts,
         engine=engine,
         evaluate=evaluate,
+        held=held,
         teachers=teachers,
         teacher_head=teacher_head,
     )
@@ -146,7 +155,7 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
         student=student,
         loss=loss,
         optimizer=optimizer,
-        weights=SharedWeights(parts.engine),
+        weights=followed(SharedWeights(parts.engine), parts.held),
         reward=AnswerReward(_decoder(loaded.tokenizer)) if settings.objective.uses_outcome else None,
         horizon=horizon,
         first_step=first_step,
@@ -155,7 +164,8 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
 
     def save(step: int) -> Path:
         state = TrainerState(step=step, seed=settings.seed, prompts_digest=parts.prompts.digest, config=config)
-        return parts.store.save(loaded.model, loaded.tokenizer, optimizer.state_tensors(), state)
+        extra = extra_state(parts.held)
+        return parts.store.save(loaded.model, loaded.tokenizer, optimizer.state_tensors(), state, extra)
 
     loggers = open_loggers(settings.loggers, settings.run_dir, config=config, first_step=first_step)
     # One that sends over a network may hang when the other side is gone.
@@ -171,16 +181,21 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
         status=parts.status,
         console=parts.console,
         stop=parts.stop,
-        alarms=AlarmDesk(
-            settings.alarms,
-            AlarmWatch(settings.alarms, log.steps()),
-            log=log,
-            say=parts.console.say,
-            note=loggers.log_text,
-            status=parts.status,
-            shorten=horizon.shorten if horizon else None,
-        ),
+        alarms=_alarms(parts, loggers, horizon),
         loggers=loggers,
+    )
+
+
+def _alarms(parts: _Parts, loggers: Loggers, horizon: Horizon | None) -> AlarmDesk:
+    settings = parts.settings.alarms
+    return AlarmDesk(
+        settings,
+        AlarmWatch(settings, parts.log.steps()),
+        log=parts.log,
+        say=parts.console.say,
+        note=loggers.log_text,
+        status=parts.status,
+        shorten=horizon.shorten if horizon else None,
     )
 
 
@@ -265,6 +280,7 @@ def _teacher_head(
     """Fetched before anything is sampled, unless it is cached already."""
     device = next(loaded.model.parameters()).device
     client = links[ONLY_TEACHER].client
+    assert isinstance(client, SyncScoreClient)
     head = TeacherHead(client, lambda: teachers.info(ONLY_TEACHER), folder=settings.teacher.head_cache, device=device)
     head()
     return head

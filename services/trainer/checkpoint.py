@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,11 @@ class Checkpoint:
         tensors: dict[str, Tensor] = _read(self.folder / _OPTIMIZER_FILE, load_file)
         return tensors
 
+    def extra_tensors(self, name: str) -> dict[str, Tensor]:
+        """What was saved under `name` beside the student; `CheckpointError` when nothing was."""
+        tensors: dict[str, Tensor] = _read(self.folder / _extra_file(name), load_file)
+        return tensors
+
     def restore_random_state(self) -> None:
         """Sets torch's, NumPy's and Python's generators to where they stood."""
         restore_random_state(_read(self.folder / _RANDOM_FILE, load_file))
@@ -78,13 +83,23 @@ class CheckpointStore:
         folders = self.folders()
         return Checkpoint(folder=folders[-1], state=_read(folders[-1] / _STATE_FILE, _read_state)) if folders else None
 
-    def save(self, model: Any, tokenizer: Any, optimizer_tensors: dict[str, Tensor], state: TrainerState) -> Path:
-        """Writes one and then lets go of the oldest beyond `keep_last`; returns its folder."""
+    def save(
+        self,
+        model: Any,
+        tokenizer: Any,
+        optimizer_tensors: dict[str, Tensor],
+        state: TrainerState,
+        extra: Mapping[str, dict[str, Tensor]] | None = None,
+    ) -> Path:
+        """Writes one and then lets go of the oldest beyond `keep_last`; returns its folder.
+
+        `extra` holds tensors by name beside the student's, see `Checkpoint.extra_tensors`.
+        """
         target = self._folder / f"{_PREFIX}{state.step:06d}"
         partial = self._folder / f"{_PARTIAL}{target.name}"
         try:
             shutil.rmtree(partial, ignore_errors=True)
-            _write(partial, model, tokenizer, optimizer_tensors, state)
+            _write(partial, model, tokenizer, {_OPTIMIZER_FILE: optimizer_tensors} | _extra_files(extra), state)
             _replace(partial, target)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -133,17 +148,25 @@ def restore_random_state(tensors: dict[str, Tensor]) -> None:
 
 
 def _write(
-    partial: Path, model: Any, tokenizer: Any, optimizer_tensors: dict[str, Tensor], state: TrainerState
+    partial: Path, model: Any, tokenizer: Any, files: Mapping[str, dict[str, Tensor]], state: TrainerState
 ) -> None:
     (partial / _STATE_FILE).parent.mkdir(parents=True)
     model.save_pretrained(partial)
     _save_tokenizer(tokenizer, partial)
-    contiguous = {name: value.cpu().contiguous() for name, value in optimizer_tensors.items()}
-    save_file(contiguous, partial / _OPTIMIZER_FILE)
+    for file, tensors in files.items():
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial / file)
     save_file(random_state(), partial / _RANDOM_FILE)
     # The record comes last: a folder with a record is whole.
     record = {"format": FORMAT, "step": state.step, "seed": state.seed, "prompts_digest": state.prompts_digest}
     (partial / _STATE_FILE).write_text(json.dumps(record | {"config": state.config}, indent=2), encoding="utf-8")
+
+
+def _extra_file(name: str) -> str:
+    return f"trainer/{name}.safetensors"
+
+
+def _extra_files(extra: Mapping[str, dict[str, Tensor]] | None) -> dict[str, dict[str, Tensor]]:
+    return {_extra_file(name): tensors for name, tensors in (extra or {}).items()}
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:

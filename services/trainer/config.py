@@ -19,6 +19,7 @@ from services.trainer.metrics_config import MetricsSettings
 from services.trainer.objective_checks import check_objective, with_group_size
 from services.trainer.objectives.config import ObjectiveConfig, ObjectiveKind
 from services.trainer.prompts import Overlong
+from services.trainer.recipes.self_distillation.settings import HeldTeacherSettings, check_held_teacher
 
 _NAME = re.compile(r"[a-z0-9-]{1,63}")
 
@@ -65,7 +66,7 @@ class StudentSettings(Settings):
     """Response positions whose logits over the whole vocabulary exist at a time."""
 
 
-class TeacherSettings(Settings):
+class TeacherSettings(HeldTeacherSettings):
     """Who scores, and how long the run puts up with nobody doing so."""
 
     pool: Name = "teacher"
@@ -214,6 +215,11 @@ class DataSettings(Settings):
     """Asks the teacher in this template; unset means as the student is asked."""
     teacher_chat_template_kwargs: dict[str, bool | int | float | str] | None = None
     """For the teacher's view; unset means as for the student."""
+    teacher_context: str | None = None
+    """Text after the question that the teacher alone reads; `{answer}`, `{context}` and `{question}` are filled in from
+    the row, other braces stay. Unset shows it nothing more than the student."""
+    teacher_context_column: str | None = None
+    """The column that fills `{context}`, such as a worked solution."""
     overlong: Overlong = Overlong.FILTER
     """What happens to prompts above `rollout.max_prompt_tokens`: `filter` or `refuse`."""
     num_epochs: PositiveInt = 1
@@ -278,6 +284,8 @@ class TrainSettings(Settings):
     def _check_across(self) -> Self:
         if not self.data.files:
             raise ValueError("data.files=[]: is empty; give the files that hold the prompts")
+        is_full_vocabulary = self.objective.kind is ObjectiveKind.FULL_VOCABULARY
+        check_held_teacher(self.teacher, is_full_vocabulary=is_full_vocabulary, num_named=len(self.teachers))
         self._check_teachers()
         check_objective(self)
         if self.steps is not None and self.optim.warmup_steps > self.steps:

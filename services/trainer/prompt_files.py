@@ -34,7 +34,9 @@ def prepare_prompts(settings: TrainSettings, tokenizer: Any) -> PreparedPrompts:
     problems = [
         problem
         for file in data.files
-        for problem in load_problems(file, split=data.split, teacher_column=column or None)
+        for problem in load_problems(
+            file, split=data.split, teacher_column=column or None, context_column=data.teacher_context_column
+        )
     ]
     prompts = tokenize_problems(
         problems,
@@ -57,13 +59,15 @@ def prepare_prompts(settings: TrainSettings, tokenizer: Any) -> PreparedPrompts:
 
 def _teacher_view(data: DataSettings, tokenizer: Any) -> PromptView | None:
     """None where the teacher is to see the student's own ids."""
-    if not data.teacher_tokenizer and data.teacher_template is None and data.teacher_chat_template_kwargs is None:
+    own = (data.teacher_tokenizer, data.teacher_template, data.teacher_chat_template_kwargs, data.teacher_context)
+    if own == ("", None, None, None):
         return None
     kwargs = data.teacher_chat_template_kwargs
     return PromptView(
         tokenizer=load_tokenizer(data.teacher_tokenizer) if data.teacher_tokenizer else tokenizer,
         template=data.teacher_template or data.template,
         chat_template_kwargs=data.chat_template_kwargs if kwargs is None else kwargs,
+        context=data.teacher_context or "",
     )
 
 

@@ -15,7 +15,8 @@ from opd.types import Capability
 from opd.vocabulary import Vocabulary
 from services.trainer.config import TeacherSettings, TrainSettings
 from services.trainer.objectives.dispatch import build_objective
-from services.trainer.teacher_client import ScoreWants, TeacherClient
+from services.trainer.recipes.self_distillation.settings import TeacherKind
+from services.trainer.teacher_client import ScoreClient, ScoreWants, TeacherClient
 from services.trainer.teachers import TeacherRouter
 from services.trainer.training_run import close_within
 
@@ -25,14 +26,16 @@ class TeacherLink:
     """A teacher as configured, and the open connection to it."""
 
     settings: TeacherSettings
-    client: SyncScoreClient
+    client: ScoreClient
 
 
 def connect_teachers(settings: TrainSettings, opened: ExitStack) -> dict[str, TeacherLink]:
-    """Connects every teacher of the run; what is connected is closed with `opened`."""
+    """Connects every teacher that is a pool; what is connected is closed with `opened`."""
     clients: dict[tuple[str | Path | None, ...], SyncScoreClient] = {}
     links = {}
     for name, teacher in settings.teachers_by_name().items():
+        if teacher.kind is not TeacherKind.POOL:
+            continue
         url = teacher.url or read_secret("OPD_REDIS_URL")
         if not url:
             field = f"teachers.{name}.url" if name else "teacher.url"

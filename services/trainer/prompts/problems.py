@@ -45,6 +45,8 @@ class PromptProblem:
     """`extra_info.level`; empty where the row has none."""
     teacher: str = ""
     """Name of the teacher that scores it; empty where the run has a single one."""
+    context: str = ""
+    """What only the teacher may read of the row, such as a worked solution; empty where no column was named."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +59,12 @@ class TeacherColumn:
 
 
 def load_problems(
-    data: str, *, template: str | None = None, split: str = "train", teacher_column: TeacherColumn | None = None
+    data: str,
+    *,
+    template: str | None = None,
+    split: str = "train",
+    teacher_column: TeacherColumn | None = None,
+    context_column: str | None = None,
 ) -> list[PromptProblem]:
     """Reads a .parquet or .jsonl file, or a split of a Hugging Face data set by name.
 
@@ -67,7 +74,7 @@ def load_problems(
     """
     # A bad row ends the reading, which must not leave its file open.
     with closing(_rows(data, split)) as rows:
-        problems = [_problem(row, index, data, teacher_column) for index, row in enumerate(rows)]
+        problems = [_problem(row, index, data, teacher_column, context_column) for index, row in enumerate(rows)]
     if not problems:
         raise ConfigError(f"data {data}: it has no rows; give a prompt set with at least one")
     if template is None:
@@ -140,7 +147,13 @@ def _dataset_rows(name: str, split: str) -> Rows:
     yield from loaded
 
 
-def _problem(row: Mapping[str, Any], index: int, data: str, teacher_column: TeacherColumn | None) -> PromptProblem:
+def _problem(
+    row: Mapping[str, Any],
+    index: int,
+    data: str,
+    teacher_column: TeacherColumn | None,
+    context_column: str | None,
+) -> PromptProblem:
     if not isinstance(row, Mapping):
         raise ConfigError(f"data {data}: row {index} is not an object; give prompt, reward_model and data_source")
     messages = _messages(row.get("prompt"), index, data)
@@ -158,7 +171,18 @@ def _problem(row: Mapping[str, Any], index: int, data: str, teacher_column: Teac
         source=str(row.get("data_source") or Path(data).stem),
         level="" if level is None else str(level),
         teacher="" if teacher_column is None else _teacher(row, index, data, teacher_column),
+        context="" if context_column is None else _context(row, index, data, context_column),
     )
+
+
+def _context(row: Mapping[str, Any], index: int, data: str, column: str) -> str:
+    text = row.get(column)
+    if not isinstance(text, str) or not text.strip():
+        found = "missing" if text is None else f"{text!r:.40}"
+        raise ConfigError(
+            f"data {data}: row {index}: column {column} is {found}; give the text that the teacher alone is to read"
+        )
+    return text
 
 
 def _teacher(row: Mapping[str, Any], index: int, data: str, column: TeacherColumn) -> str:

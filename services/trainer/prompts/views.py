@@ -14,6 +14,7 @@ import numpy as np
 
 from opd.errors import ConfigError
 from opd.types import Ids
+from services.trainer.prompts.context import with_context
 from services.trainer.prompts.problems import PromptProblem, first_line, retemplate
 
 logger = logging.getLogger(__name__)
@@ -38,10 +39,14 @@ class PromptView:
     """Asks the question in this template instead of the problem's own."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Passed to the chat template, such as enable_thinking."""
+    context: str = ""
+    """Text after the question with `{answer}`, `{context}` and `{question}` filled in: privileged, for a teacher's view
+    alone."""
 
     def encode(self, problem: PromptProblem) -> Ids:
         """[P] token ids up to where the assistant's response begins."""
-        seen = problem if self.template is None else retemplate(problem, self.template)
+        shown = with_context(problem, self.context) if self.context else problem
+        seen = shown if self.template is None else retemplate(shown, self.template)
         try:
             token_ids = self.tokenizer.apply_chat_template(
                 [dict(message) for message in seen.messages],

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[3]
 COMMANDS = (
     [], ["demo"], ["teacher"], ["teacher", "serve"], ["pool"], ["pool", "serve"], ["pool", "promote"], ["pool", "dead"],
     ["pool", "dead", "list"], ["pool", "dead", "show"], ["pool", "status"], ["redis"], ["tenants"], ["tenants", "add"],
-    ["train"], ["eval"], ["continuation"], ["auroc"], ["score"], ["report"],
+    ["train"], ["eval"], ["continuation"], ["auroc"], ["score"], ["report"], ["preflight"], ["data"], ["cold-start"],
 )  # fmt: skip
 
 
@@ -57,6 +57,8 @@ def test_help_answers_at_once() -> None:
         (["pool", "dead", "list"], "redis_url: is not given"),
         (["pool", "dead", "list", "--redis-url", "redis://127.0.0.1:1/0"], "127.0.0.1:1"),
         (["demo", "--teacher", "nobody", "--run-dir", "runs/never"], "teacher=nobody: is not bundled"),
+        (["preflight", "--student", "s", "--prompts", "p"], "teachers: is required"),
+        (["preflight", "--student", "/nowhere", "--teachers", "a", "--prompts", "p"], "/nowhere"),
         (["eval", "/nowhere", "--data", "testbed/data/heldout.jsonl"], "/nowhere"),
         (["eval", "testbed/models/student-base", "--data", "no.jsonl"], "data no.jsonl: no such file"),
         (["eval", "testbed/models/student-base", "--data", "testbed/data/none"], "testbed/data/none: no such file"),

@@ -1,0 +1,50 @@
+"""The prompts of a preflight: drawn once by the seed, and asked in several templates."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from services.trainer.prompts import PromptProblem, PromptView, TokenizedPrompt, load_problems, tokenize_problems
+from services.trainer.recipes.preflight.settings import AS_IS, PreflightSettings
+from services.trainer.templates import get_template
+
+_NO_LIMIT = 2**31
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptSets:
+    """The same problems in each way of asking; all lists are in the same order, the templates' shorter."""
+
+    by_template: Mapping[str, Sequence[TokenizedPrompt]]
+    """`as-is` first."""
+    same_as_is: tuple[str, ...]
+    """Templates left out because the prompts are in them already."""
+
+
+def draw_prompts(settings: PreflightSettings, tokenizer: Any) -> PromptSets:
+    """Reads all files, draws `num_prompts`; `ConfigError` for a bad file, an unknown template or no prompt at all."""
+    for name in settings.templates:
+        get_template(name)
+    problems = [problem for file in settings.prompts for problem in load_problems(file, split=settings.split)]
+    order = np.random.default_rng([settings.seed, len(problems)]).permutation(len(problems))
+    view = PromptView(tokenizer=tokenizer)
+    fitting = tokenize_problems(
+        [problems[place] for place in order], view, max_prompt_tokens=settings.max_prompt_tokens
+    )
+    prompts = fitting[: settings.num_prompts]
+    by_template: dict[str, Sequence[TokenizedPrompt]] = {AS_IS: prompts}
+    same = []
+    for name in settings.templates:
+        chosen = [prompt.problem for prompt in prompts[: settings.template_prompts]]
+        if all(problem.template == name for problem in chosen):
+            same.append(name)
+        else:
+            by_template[name] = _in_template(chosen, name, tokenizer)
+    return PromptSets(by_template=by_template, same_as_is=tuple(same))
+
+
+def _in_template(problems: Sequence[PromptProblem], name: str, tokenizer: Any) -> list[TokenizedPrompt]:
+    view = PromptView(tokenizer=tokenizer, template=name)
+    return tokenize_problems(problems, view, max_prompt_tokens=_NO_LIMIT)
