@@ -93,13 +93,14 @@ def _draw_series(ax: Axes, series: Series, style: dict[str, Any]) -> None:
 
 
 def _mark_alarms(ax: Axes, runs: Sequence[Run]) -> None:
-    """A dashed line per alarm in its run's colour, with its number beside its upper end."""
+    """A dashed line per alarm in its run's colour, with its number beside its upper end, in turns at three heights."""
     for index, run in enumerate(runs):
         color = COLORS[index % len(COLORS)]
         for alarm in run.alarms:
+            offset = (2, -1 - 8 * (alarm.number % 3))
             ax.axvline(alarm.step, color=color, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7, zorder=1)
             ax.annotate(
-                str(alarm.number), (alarm.step, 1.0), xycoords=("data", "axes fraction"), xytext=(2, -1),
+                str(alarm.number), (alarm.step, 1.0), xycoords=("data", "axes fraction"), xytext=offset,
                 textcoords="offset points", ha="left", va="top", fontsize=7, fontweight="bold", color=color,
             )  # fmt: skip
 
