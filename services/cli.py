@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 
 from opd.errors import ConfigError, InvalidRequestError, OpdError
+from opd.lifecycle import die_with_parent
+from services.experiment_cli import experiment_app
 from services.pool_cli import pool_app
 from services.score_cli import score
 from services.tenants_cli import app as tenants_app
@@ -20,6 +22,7 @@ teacher_app = typer.Typer(help="The teacher service.", no_args_is_help=True)
 app.add_typer(teacher_app, name="teacher")
 app.add_typer(tenants_app, name="tenants")
 app.add_typer(pool_app, name="pool")
+app.add_typer(experiment_app, name="experiment")
 app.command()(score)
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file.")]
@@ -132,6 +135,7 @@ def report(
 
 def main() -> None:
     """Runs the command; every error of the tree is one line and an exit code."""
+    die_with_parent()
     try:
         app()
     except (ConfigError, InvalidRequestError) as error:

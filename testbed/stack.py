@@ -43,14 +43,15 @@ def launched(run_dir: Path, pool: str) -> Iterator[Stack]:
         yield Stack(redis_url=redis.url, pool=pool, processes=processes)
 
 
-def start_teacher(processes: Processes, run_dir: Path, redis_url: str, pool: str) -> Child:
-    """Serves `testbed/models/<pool>` under its name and waits until it takes requests."""
+def start_teacher(processes: Processes, run_dir: Path, redis_url: str, pool: str, model: Path | None = None) -> Child:
+    """Serves a model, `testbed/models/<pool>` where none is given, as `pool` and waits until it takes requests."""
+    run_dir.mkdir(parents=True, exist_ok=True)
     ready_file = run_dir / "teacher.json"
     ready_file.unlink(missing_ok=True)
     teacher = processes.start(
         "teacher",
         [
-            *("-m", "services.teacher_server", f"model={MODELS / pool}", f"teacher={pool}"),
+            *("-m", "services.teacher_server", f"model={model or MODELS / pool}", f"teacher={pool}"),
             *(f"redis_url={redis_url}", "--ready-file", str(ready_file)),
         ],
     )

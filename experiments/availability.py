@@ -1,0 +1,13 @@
+"""Whether the parts of `opd` that an experiment rests on are there."""
+
+from collections.abc import Collection
+
+
+def missing_needs(needs: Collection[str]) -> list[str]:
+    """Those of `opd COMMAND` and `objective.kind=KIND` that this version does not have."""
+    from services.cli import app
+    from services.trainer.objectives.config import ObjectiveKind
+
+    commands = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+    known = {f"opd {name}" for name in commands} | {f"objective.kind={kind}" for kind in ObjectiveKind}
+    return sorted(set(needs) - known)
