@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from experiments.findings import ArmFindings, Findings, Run
 from experiments.panels import Accuracies, ByPosition, Curve, Custom, Panel
@@ -53,10 +54,16 @@ def _draw_panel(ax: Axes, panel: Panel, findings: Findings) -> None:
         for index, (_, arm) in _numbered(findings):
             _draw_curve(ax, arm, panel.metric, index)
         _dress(ax, panel.title, "optimizer step", panel.y_label)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     elif isinstance(panel, ByPosition):
         for index, (_, arm) in _numbered(findings):
             _draw_by_position(ax, arm, panel.metric, index)
-        _dress(ax, f"{panel.title}: first steps dotted, last solid", "position in the response", panel.y_label)
+        _dress(
+            ax,
+            f"{panel.title}: first steps dotted, last solid",
+            "position in the response, start of bucket",
+            panel.y_label,
+        )
     elif isinstance(panel, Accuracies):
         _draw_accuracies(ax, findings)
         _dress(ax, panel.title, "", "fraction correct")
@@ -86,13 +93,12 @@ def _draw_by_position(ax: Axes, arm: ArmFindings, metric: str, index: int) -> No
     """Of the first seed: buckets of several seeds would be the same curve three times."""
     run = arm.runs[0]
     for window, style in (("first", ":"), ("last", "-")):
-        rows = run.by_position.get(metric, {}).get(window, [])
-        buckets = list(zip(*rows, strict=True))
-        means = [
-            float(np.mean(known)) if (known := [v for v in bucket if v is not None]) else np.nan for bucket in buckets
-        ]
-        ax.plot(run.position_edges[: len(means)], means, **{**_look(index), "linestyle": style})
-    ax.set_xscale("symlog", linthresh=16)
+        buckets = zip(*run.by_position.get(metric, {}).get(window, []), strict=True)
+        known = [[value for value in bucket if value is not None] for bucket in buckets]
+        means = [float(np.mean(values)) for values in known if values]
+        ax.plot(range(len(means)), means, **{**_look(index), "linestyle": style})
+    num_buckets = max(len(line.get_xdata()) for line in ax.lines)
+    ax.set_xticks(range(num_buckets), [f"{edge:g}" for edge in run.position_edges[:num_buckets]])
 
 
 def _draw_accuracies(ax: Axes, findings: Findings) -> None:

@@ -22,7 +22,7 @@ from experiments.plan import estimated_minutes, unfinished
 from experiments.results import RESULTS, write_results
 from experiments.store import Store, evaluations_of
 from opd.errors import OpdError
-from testbed.demo import Terminated, terminable
+from testbed.processes import Terminated, terminable
 
 FAILED = 1
 _INTERRUPTED = 130

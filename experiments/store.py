@@ -9,8 +9,7 @@ from experiments.arms import Arm, Command, Evaluation, Model
 from experiments.findings import ArmFindings, Run, run_of
 from experiments.keys import command_key, evaluation_key, run_key
 from services.trainer.run_log import SUMMARY_FILE, read_steps
-from testbed.demo import latest_checkpoint
-from testbed.stack import MODELS
+from testbed.stack import MODELS, latest_checkpoint
 
 MADE = "made.json"
 """Written into a command's folder once it has ended well."""

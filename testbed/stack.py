@@ -71,3 +71,8 @@ def train(stack: Stack, overrides: Sequence[str], config: Path) -> None:
         raise InternalError(
             f"the trainer ended with code {code}; what it said stands above, its run is in the run folder"
         )
+
+
+def latest_checkpoint(run_dir: Path) -> Path:
+    """The Hugging Face folder the trainer left."""
+    return max((run_dir / "checkpoints").glob("step-*"), key=lambda path: int(path.name.rpartition("-")[2]))
