@@ -9,7 +9,7 @@ from experiments.findings import Findings
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curve:
-    """A training metric over steps: mean over seeds, and a band from the lowest to the highest seed."""
+    """A training metric over steps: mean over seeds, and where arms are few a band from lowest to highest seed."""
 
     metric: str
     title: str

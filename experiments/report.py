@@ -83,7 +83,7 @@ def _section(experiment: Experiment, findings: Findings, page: Path, results: Pa
             f"## {experiment.figures}: {experiment.title}\n",
             f"{experiment.setting} Section {experiment.section}; [definition and paper's configuration]({folder}).\n",
             *([stale] if stale else []),
-            _claims_table(experiment.claims(findings)),
+            claims_table(experiment.claims(findings)),
             f"![{experiment.figures}: {experiment.title}]({path})\n",
             _arms_table(findings),
         ]
@@ -93,7 +93,8 @@ def _section(experiment: Experiment, findings: Findings, page: Path, results: Pa
 _STALE = "*The definition has changed since these runs; `opd experiment run {name}` brings them up to date.*\n"
 
 
-def _claims_table(claims: Sequence[Claim]) -> str:
+def claims_table(claims: Sequence[Claim]) -> str:
+    """One line a claim: verdict, every number with its interval, where it started and what was claimed of it."""
     lines = ["| claim | section | verdict | what was seen |", _rule(4)]
     for claim in claims:
         seen = [_check_text(check, "presupposed") for check in claim.conditions]

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[3]
 COMMANDS = (
     [], ["demo"], ["teacher"], ["teacher", "serve"], ["pool"], ["pool", "serve"], ["pool", "promote"], ["pool", "dead"],
     ["pool", "dead", "list"], ["pool", "dead", "show"], ["pool", "status"], ["redis"], ["tenants"], ["tenants", "add"],
-    ["train"], ["eval"], ["score"], ["report"],
+    ["train"], ["eval"], ["score"], ["report"], ["experiment"], ["experiment", "list"], ["experiment", "run"],
+    ["experiment", "report"],
 )  # fmt: skip
 
 
@@ -58,6 +59,7 @@ def test_help_answers_at_once() -> None:
         (["pool", "dead", "list", "--redis-url", "redis://127.0.0.1:1/0"], "127.0.0.1:1"),
         (["demo", "--teacher", "nobody", "--run-dir", "runs/never"], "teacher=nobody: is not bundled"),
         (["eval", "/nowhere", "--data", "testbed/data/heldout.jsonl"], "/nowhere"),
+        (["experiment", "run", "fig99"], "experiment fig99: there is none; choose all or one of fig02"),
         (["eval", "testbed/models/student-base", "--data", "no.jsonl"], "data no.jsonl: no such file"),
         (["report", "/nowhere"], "/nowhere"),
         (["score", "hi", "there", "--url", "http://x", "--tokenizer", "testbed/models/student-base"], "url=http://x"),
