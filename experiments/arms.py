@@ -38,7 +38,7 @@ class Arm:
     """Files of `testbed/data` that hold the prompts."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     """Of the trained student, of the student before and of the teacher."""
-    minutes: float = 1.3
+    minutes: float = 1.5
     """Of training and evaluation with one seed, on two cores that have nothing else to do."""
 
     @property

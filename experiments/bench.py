@@ -29,7 +29,7 @@ _POLL_S = 0.25
 _CHECKPOINT_STEPS = 8
 _EVALUATIONS_AT_ONCE = 2
 
-Progress = Callable[[str, float], None]
+Tell = Callable[[str, float], None]
 """Told what is being done and how much of it is, 0 to 1."""
 
 
@@ -42,9 +42,10 @@ class Bench:
     session: Path
     """Logs and ready files of this session."""
     processes: Processes
-    _pools: dict[str, str] = field(default_factory=dict)
+    _teachers: dict[str, Child] = field(default_factory=dict)
+    """By the name of their pool."""
 
-    def train(self, arm: Arm, seed: int, progress: Progress) -> None:
+    def train(self, arm: Arm, seed: int, tell: Tell) -> None:
         """Makes a run, or goes on with it; `InternalError` with the trainer's last words where it fails."""
         folder = self.store.run_folder(arm, seed)
         if not any((folder / "checkpoints").glob("step-*")):
@@ -55,11 +56,11 @@ class Bench:
         )
         num_steps: int = settings_of(arm)["steps"]
         while trainer.process.poll() is None:
-            progress(f"training {name_of(arm)}, seed {seed}", len(read_steps(folder)) / num_steps)
+            tell(f"training {name_of(arm)}, seed {seed}", len(read_steps(folder)) / num_steps)
             time.sleep(_POLL_S)
         _check_end(trainer)
 
-    def evaluate(self, jobs: Sequence[tuple[Model, Evaluation, int | None]], progress: Progress) -> None:
+    def evaluate(self, jobs: Sequence[tuple[Model, Evaluation, int | None]], tell: Tell) -> None:
         """Grades the models that are not graded yet, some at a time, each in a process of its own."""
         places = {self.store.evaluation_file(*job): job for job in jobs}
         waiting = [(place, job) for place, job in places.items() if not place.is_file()]
@@ -68,7 +69,7 @@ class Bench:
             while waiting and len(running) < _EVALUATIONS_AT_ONCE:
                 place, job = waiting.pop(0)
                 running.append((self._start_evaluation(*job, place), place))
-            progress("evaluating", 1 - (len(waiting) + len(running)) / num_jobs)
+            tell("evaluating", 1 - (len(waiting) + len(running)) / num_jobs)
             time.sleep(_POLL_S)
             for child, place in [entry for entry in running if entry[0].process.poll() is not None]:
                 running.remove((child, place))
@@ -77,7 +78,7 @@ class Bench:
                 _write(place, result)
                 _partial(place).unlink()
 
-    def make(self, command: Command, progress: Progress) -> None:
+    def make(self, command: Command, tell: Tell) -> None:
         """Runs a command of `opd` into a folder of its own; the folder counts once the command has ended well."""
         folder = self.store.command_folder(command)
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +93,7 @@ class Bench:
         arguments = [part.format(**values) for part in command.arguments]
         child = self.processes.start(f"{command.name}-{folder.name}", ["-m", "services.cli", command.name, *arguments])
         while child.process.poll() is None:
-            progress(f"opd {command.name}", 0.0)
+            tell(f"opd {command.name}", 0.0)
             time.sleep(_POLL_S)
         _check_end(child)
         if not (folder / command.product).exists():
@@ -100,14 +101,13 @@ class Bench:
         _write(folder / MADE, {"command": command.name, "arguments": list(command.arguments)})
 
     def pool(self, teacher: Model) -> str:
-        """The name under which a teacher is served; it is started where it is not yet."""
-        key = fingerprint(teacher)
-        if key not in self._pools:
-            name = teacher if isinstance(teacher, str) else f"made-{key}"
+        """The name under which a teacher is served; it is started where it is not running."""
+        name = teacher if isinstance(teacher, str) else f"made-{fingerprint(teacher)}"
+        running = self._teachers.get(name)
+        if running is None or running.process.poll() is not None:
             model = self.store.model_folder(teacher)
-            start_teacher(self.processes, self.session / name, self.redis_url, name, model)
-            self._pools[key] = name
-        return self._pools[key]
+            self._teachers[name] = start_teacher(self.processes, self.session / name, self.redis_url, name, model)
+        return name
 
     def _overrides(self, arm: Arm, seed: int, folder: Path) -> dict[str, object]:
         return {

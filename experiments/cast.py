@@ -13,10 +13,10 @@ BIG = "teacher-big"
 OTHER = "teacher-other"
 
 SUCCESS = Arm(student=BASE, teacher=POST)
-FAILURE = Arm(student=BASE, teacher=BIG, minutes=1.4)
+FAILURE = Arm(student=BASE, teacher=BIG, minutes=1.6)
 OTHER_PATTERN = Arm(student=BASE, teacher=OTHER)
-BIG_SUCCESS = Arm(student=BIG, teacher=POST, minutes=1.9)
-BIG_FAILURE = Arm(student=BIG, teacher=BASE, minutes=1.9)
+BIG_SUCCESS = Arm(student=BIG, teacher=POST, minutes=2.0)
+BIG_FAILURE = Arm(student=BIG, teacher=BASE, minutes=2.0)
 
 NO_SUPPORT = {"objective.gradient": "exact"}
 """For kinds that look at no support, which refuse the base's `policy` as a setting they would ignore."""

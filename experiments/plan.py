@@ -1,6 +1,7 @@
 """What is still to be run and about how long it takes."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich.table import Table
 
@@ -10,23 +11,49 @@ from experiments.experiment import Experiment
 from experiments.keys import command_key, run_key
 from experiments.store import Store
 
+EVALUATION_MINUTES = 0.4
+"""The share of a run's minutes that grading takes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """One thing to do: a training run, a command, or the grading of what an arm has trained."""
+
+    maker: Arm | Command
+    minutes: float
+    seed: int | None = None
+    """Of a training run; a piece of an arm without one is its grading."""
+
+
+def pieces(makers: Sequence[Arm | Command], store: Store) -> list[Piece]:
+    """What is missing of the makers, in the order it can be done; each once."""
+    found: list[Piece] = []
+    for maker in makers:
+        found += [piece for piece in _pieces_of(maker, store) if piece not in found]
+    return found
+
+
+def _pieces_of(maker: Arm | Command, store: Store) -> list[Piece]:
+    if store.is_finished(maker):
+        return []
+    if isinstance(maker, Command):
+        return [Piece(maker=maker, minutes=maker.minutes)]
+    training = max(maker.minutes - EVALUATION_MINUTES, 0.0)
+    runs = [
+        Piece(maker=maker, minutes=training, seed=seed) for seed in maker.seeds if not store.is_trained(maker, seed)
+    ]
+    return [*runs, Piece(maker=maker, minutes=EVALUATION_MINUTES * len(maker.seeds))]
+
 
 def minutes_of(maker: Arm | Command) -> float:
     """All seeds of an arm, or a command, on two cores that have nothing else to do."""
     return maker.minutes if isinstance(maker, Command) else maker.minutes * len(maker.seeds)
 
 
-def unfinished(experiment: Experiment, store: Store) -> list[Arm | Command]:
-    """What the experiment lacks, in the order it can be made."""
-    return [maker for maker in experiment.makers() if not store.is_finished(maker)]
-
-
 def estimated_minutes(experiments: Sequence[Experiment], store: Store) -> float:
-    """Of everything that is missing, arms shared by experiments counted once."""
-    makers: list[Arm | Command] = []
-    for experiment in experiments:
-        makers += [maker for maker in unfinished(experiment, store) if maker not in makers]
-    return sum(minutes_of(maker) for maker in makers)
+    """Of everything that is missing; what several experiments name is counted once."""
+    makers = [maker for experiment in experiments for maker in experiment.makers()]
+    return sum(piece.minutes for piece in pieces(makers, store))
 
 
 def plan_table(experiments: Sequence[Experiment], store: Store) -> Table:

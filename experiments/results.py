@@ -5,12 +5,14 @@ without running anything.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from experiments.arms import Arm, name_of
+from experiments.arms import name_of
+from experiments.claims import Claim
 from experiments.experiment import FOLDER, Experiment
 from experiments.findings import Findings, findings_of
+from experiments.keys import run_key
 from experiments.store import Store
 
 RESULTS = FOLDER / "results"
@@ -25,11 +27,13 @@ def collect(experiment: Experiment, store: Store) -> Findings:
     return Findings(arms=arms, reports={label: store.report(made) for label, made in experiment.reports.items()})
 
 
-def write_results(experiment: Experiment, store: Store, results: Path = RESULTS) -> None:
-    """Judges, writes the JSON and draws the figure."""
+def write_results(experiment: Experiment, store: Store, results: Path = RESULTS) -> Sequence[Claim]:
+    """Judges, writes the JSON and draws the figure; returns the claims."""
     findings = collect(experiment, store)
+    claims = experiment.claims(findings)
     results.mkdir(parents=True, exist_ok=True)
-    content = {"experiment": experiment.name, **findings.as_json(), "claims": judged(experiment, findings)}
+    content = {"experiment": experiment.name, **findings.as_json()}
+    content["claims"] = [claim.as_json() for claim in claims]
     # One line a key: numbers by the thousand would make a line each otherwise.
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
     path = results / f"{experiment.name}.json"
@@ -37,6 +41,7 @@ def write_results(experiment: Experiment, store: Store, results: Path = RESULTS)
     partial.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
     draw_figure(experiment, findings, results)
     partial.replace(path)
+    return claims
 
 
 def draw_figure(experiment: Experiment, findings: Findings, results: Path = RESULTS) -> Path:
@@ -52,10 +57,6 @@ def figure_path(experiment: Experiment, results: Path = RESULTS) -> Path:
     return results.with_name("figures") / f"{experiment.name}.png"
 
 
-def judged(experiment: Experiment, findings: Findings) -> list[dict[str, Any]]:
-    return [claim.as_json() for claim in experiment.claims(findings)]
-
-
 def read_results(experiment: Experiment, results: Path = RESULTS) -> Findings | None:
     """The findings that lie there; None where the experiment has not been run."""
     path = results / f"{experiment.name}.json"
@@ -64,10 +65,5 @@ def read_results(experiment: Experiment, results: Path = RESULTS) -> Findings | 
 
 def is_as_defined(experiment: Experiment, findings: Findings) -> bool:
     """Whether the findings are of the arms as they are defined now."""
-    from experiments.keys import run_key
-
-    def keys(arm: Arm) -> list[str]:
-        return [run_key(arm, seed) for seed in arm.seeds]
-
-    found = {label: [run.key for run in arm.runs] for label, arm in findings.arms.items()}
-    return found == {label: keys(arm) for label, arm in experiment.arms.items()}
+    defined = {label: [run_key(arm, seed) for seed in arm.seeds] for label, arm in experiment.arms.items()}
+    return defined == {label: [run.key for run in arm.runs] for label, arm in findings.arms.items()}

@@ -5,20 +5,23 @@ is stopped leaves whole experiments behind.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from experiments.arms import Command
 from experiments.availability import missing_needs
-from experiments.bench import Bench, open_bench
+from experiments.bench import Bench, Tell, open_bench
+from experiments.claims import Claim
 from experiments.experiment import Experiment
-from experiments.plan import estimated_minutes, unfinished
+from experiments.plan import Piece, estimated_minutes, pieces
 from experiments.results import RESULTS, write_results
 from experiments.store import Store, evaluations_of
 from opd.errors import OpdError
@@ -43,37 +46,31 @@ class Session:
     deadline: float
     """On the monotonic clock."""
     results: Path
-    failures: dict[str, str] = field(default_factory=dict)
-    """By what failed, why."""
 
     def run(self, experiment: Experiment) -> None:
         """Makes what is missing of an experiment, then its results; raises `OutOfTime` in between."""
-        task = self.progress.add_task(experiment.name, total=1.0, doing="")
-        pieces = list(self._pieces(experiment))
-        for number, (minutes, piece) in enumerate(pieces):
+        todo = pieces(experiment.makers(), self.bench.store)
+        task = self.progress.add_task(experiment.name, total=sum(piece.minutes for piece in todo), doing="")
+        done = 0.0
+        for piece in todo:
             if time.monotonic() > self.deadline:
                 raise OutOfTime
-            done, total = sum(m for m, _ in pieces[:number]), sum(m for m, _ in pieces)
+            self._do(piece, partial(self._tell, task, done, piece.minutes))
+            done += piece.minutes
+        self.progress.update(task, completed=done, doing="done")
+        claims = write_results(experiment, self.bench.store, self.results)
+        self.console.print(verdicts_table(experiment, claims))
 
-            def tell(
-                doing: str, share: float, done: float = done, minutes: float = minutes, total: float = total
-            ) -> None:
-                self.progress.update(task, completed=(done + minutes * share) / total, doing=doing)
+    def _do(self, piece: Piece, tell: Tell) -> None:
+        if isinstance(piece.maker, Command):
+            self.bench.make(piece.maker, tell)
+        elif piece.seed is None:
+            self.bench.evaluate(evaluations_of(piece.maker), tell)
+        else:
+            self.bench.train(piece.maker, piece.seed, tell)
 
-            piece(tell)
-        self.progress.update(task, completed=1.0, doing="done")
-        write_results(experiment, self.bench.store, self.results)
-
-    def _pieces(self, experiment: Experiment) -> Iterator[tuple[float, Callable[[Callable[[str, float], None]], None]]]:
-        """Minutes and what to call, for every piece of work that is missing."""
-        for maker in unfinished(experiment, self.bench.store):
-            if isinstance(maker, Command):
-                yield maker.minutes, partial(self.bench.make, maker)
-                continue
-            for seed in maker.seeds:
-                if not self.bench.store.is_trained(maker, seed):
-                    yield maker.minutes, partial(self.bench.train, maker, seed)
-            yield 0.0, partial(self.bench.evaluate, evaluations_of(maker))
+    def _tell(self, task: TaskID, done: float, minutes: float, doing: str, share: float) -> None:
+        self.progress.update(task, completed=done + minutes * share, doing=doing)
 
 
 def run_experiments(
@@ -86,6 +83,8 @@ def run_experiments(
 ) -> int:
     """Runs every experiment whose needs are met; returns the exit code."""
     ready = [experiment for experiment in experiments if not _say_missing(experiment, console)]
+    left = estimated_minutes(ready, Store(folder=work_dir.resolve()))
+    console.print(f"about {left:.0f} minutes to run on two cores that have nothing else to do")
     deadline = time.monotonic() + (minutes * _SECONDS_A_MINUTE if minutes is not None else float("inf"))
     try:
         with terminable(), open_bench(work_dir) as bench, _progress(console) as progress:
@@ -118,6 +117,16 @@ def _say_missing(experiment: Experiment, console: Console) -> bool:
     if missing:
         console.print(f"{experiment.name} is left out: it needs {', '.join(missing)}")
     return bool(missing)
+
+
+def verdicts_table(experiment: Experiment, claims: Sequence[Claim]) -> Table:
+    """What came of each claim, one line each."""
+    table = Table(title=f"{experiment.figures}: {experiment.title}", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("claim")
+    table.add_column("verdict", no_wrap=True)
+    for claim in claims:
+        table.add_row(claim.statement, str(claim.verdict()).removesuffix(" at this scale"))
+    return table
 
 
 @contextmanager
