@@ -31,13 +31,14 @@ class Arm:
     """One configuration of a real training run. Example: ``Arm(student="student-base", teacher="teacher-post")``."""
 
     student: "Model"
-    teacher: "Model"
+    teacher: "Model | None"
+    """None where answers are verified and nobody scores."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Dotted settings of the trainer that differ from `base.toml`, such as ``{"objective.gradient": "exact"}``."""
     data: tuple[str, ...] = ("train.jsonl",)
     """Files of `testbed/data` that hold the prompts."""
     evaluation: Evaluation = field(default_factory=Evaluation)
-    """Of the trained student, of the student before and of the teacher."""
+    """Of the trained student, of the student before and of the teacher, if any."""
     minutes: float = 1.5
     """Of training and evaluation with one seed, on two cores that have nothing else to do."""
 
@@ -52,7 +53,8 @@ class Command:
     """An `opd` command whose product is a model or a JSON report, run once for all who name it.
 
     In `arguments`, `{student}` and `{teacher}` stand for model folders, `{pool}` and `{redis_url}` for the teacher as
-    it is served, `{data}` for the folder of problem files, `{output}` for the folder of products.
+    it is served, `{data}` for the folder of problem files, `{output}` for that of the products, `{samples}` for a
+    cache that all commands share.
     """
 
     name: str
@@ -75,13 +77,13 @@ def name_of(model: Model) -> str:
         return model
     if isinstance(model, Command):
         return f"{name_of(model.student)} after opd {model.name}"
-    kind = model.settings.get("objective.kind", "distillation")
-    return f"{name_of(model.student)} after {kind}" + ("" if kind == "grpo" else f" from {name_of(model.teacher)}")
+    made_by = f"distillation from {name_of(model.teacher)}" if model.teacher else model.settings["objective.kind"]
+    return f"{name_of(model.student)} after {made_by}"
 
 
-def makers(model: Model) -> Iterator[Arm | Command]:
+def makers(model: Model | None) -> Iterator[Arm | Command]:
     """Everything that has to run before `model` exists, in order."""
-    if isinstance(model, str):
+    if model is None or isinstance(model, str):
         return
     yield from makers(model.student)
     yield from makers(model.teacher)

@@ -8,6 +8,7 @@ def missing_needs(needs: Collection[str]) -> list[str]:
     from services.cli import app
     from services.trainer.objectives.config import ObjectiveKind
 
-    commands = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+    callbacks = [(command.name, getattr(command.callback, "__name__", "")) for command in app.registered_commands]
+    commands = {name or callback.replace("_", "-") for name, callback in callbacks}
     known = {f"opd {name}" for name in commands} | {f"objective.kind={kind}" for kind in ObjectiveKind}
     return sorted(set(needs) - known)

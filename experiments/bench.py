@@ -85,6 +85,7 @@ class Bench:
         values = {
             "student": self.store.model_folder(command.student),
             "teacher": self.store.model_folder(command.teacher),
+            "samples": self.store.folder / "samples",
             "pool": self.pool(command.teacher) if any("{pool}" in part for part in command.arguments) else "",
             "redis_url": self.redis_url,
             "data": DATA,
@@ -112,8 +113,7 @@ class Bench:
     def _overrides(self, arm: Arm, seed: int, folder: Path) -> dict[str, object]:
         return {
             "student.model": str(self.store.model_folder(arm.student)),
-            "teacher.pool": self.pool(arm.teacher),
-            "teacher.url": self.redis_url,
+            **({"teacher.pool": self.pool(arm.teacher), "teacher.url": self.redis_url} if arm.teacher else {}),
             "data.files": [str(DATA / name) for name in arm.data],
             "run_dir": str(folder),
             "seed": seed,

@@ -23,8 +23,7 @@ NO_SUPPORT = {"objective.gradient": "exact"}
 
 GRPO = Arm(
     student=BASE,
-    # Scores nothing that trains: it is there for the metrics.
-    teacher=POST,
+    teacher=None,
     settings={
         **NO_SUPPORT,
         "objective.kind": "grpo",
@@ -40,8 +39,10 @@ GRPO = Arm(
 COLD_START = Command(
     name="cold-start",
     arguments=(
-        "--student={student}", "--teacher={teacher}", "--prompts={data}/train_2.jsonl", "--output={output}",
-        "--max-response-tokens=320", "--lr=5e-4", "--epochs=2", "--seed=0",
+        "student.model={student}", "teacher.model={teacher}", 'data.files=["{data}/train_2.jsonl"]', "data.share=1.0",
+        "data.template=dapo", "rollout.max_prompt_tokens=256", "rollout.max_response_tokens=320",
+        "sft.sequence_tokens=1024", "sft.rows_per_batch=4", "sft.max_micro_batch_tokens=4096", "sft.num_epochs=3",
+        "sft.optim.lr=8e-4", "run_dir={output}",
     ),
     student=BASE,
     teacher=OTHER,

@@ -119,8 +119,12 @@ def _draw_accuracies(ax: Axes, findings: Findings) -> None:
         errors = [[found.value - found.low], [found.high - found.value]]
         ax.bar(index, found.value, color=look["color"], alpha=0.75, width=0.7)
         ax.errorbar(index, found.value, yerr=errors, color="black", capsize=3, linewidth=1)
-        for table, style in ((arm.before_SP, ":"), (arm.teacher_SP, "--")):
-            ax.hlines(float(table.mean()), index - 0.45, index + 0.45, color="black", linestyle=style, linewidth=1.2)
+        for by_problem, style in ((arm.before_by_problem, ":"), (arm.teacher_by_problem, "--")):
+            if by_problem is None:
+                continue
+            ax.hlines(
+                float(np.mean(by_problem)), index - 0.45, index + 0.45, color="black", linestyle=style, linewidth=1.2
+            )
     ax.set_xticks(range(len(findings.arms)), list(findings.arms), rotation=20, ha="right", fontsize=8)
     ax.legend(
         handles=[

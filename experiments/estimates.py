@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from services.trainer.diagnostics.outcomes import auroc
 from services.trainer.evaluation.estimates import CONFIDENCE, NUM_RESAMPLES, Estimate, gap_recovery
 
 Values = NDArray[np.float64]
 
 # Student's t at 97.5 % for 1 to 9 degrees of freedom; beyond that the last one, which is on the safe side.
 _T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+_NUM_AUROC_RESAMPLES = 500
 _TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
 
 
@@ -48,6 +50,31 @@ def recovery(before_SP: Values, after_SP: Values, teacher_SP: Values) -> Estimat
         return (after - before) / (teacher - before)
 
     return of_accuracies(ratio, before_SP, after_SP, teacher_SP)
+
+
+def of_aurocs(
+    first_R: Sequence[float], second_R: Sequence[float], is_correct_R: Sequence[bool], problem_R: Sequence[int]
+) -> Estimate | None:
+    """AUROC of one teacher's rewards minus another's of the same rollouts; problems are resampled.
+
+    None where all rollouts are right, or all wrong; resamples of which that is so are left out.
+    """
+    rewards_2R, correct_R = np.array([first_R, second_R], np.float64), np.asarray(is_correct_R, np.bool_)
+    problems_R = np.asarray(problem_R)
+    members = [np.flatnonzero(problems_R == problem) for problem in np.unique(problems_R)]
+
+    def difference(chosen_R: NDArray[np.intp]) -> float | None:
+        first, second = (auroc(row_R[chosen_R].tolist(), correct_R[chosen_R].tolist()) for row_R in rewards_2R)
+        return None if first is None or second is None else first - second
+
+    value = difference(np.arange(correct_R.size))
+    if value is None:
+        return None
+    generator = np.random.default_rng(0)
+    draws = (generator.integers(len(members), size=len(members)) for _ in range(_NUM_AUROC_RESAMPLES))
+    found = [difference(np.concatenate([members[index] for index in draw])) for draw in draws]
+    low, high = np.quantile([one for one in found if one is not None], _TAILS)
+    return Estimate(value=value, low=float(low), high=float(high))
 
 
 def mean_of(units_N: Sequence[float]) -> Estimate | None:

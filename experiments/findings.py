@@ -13,6 +13,7 @@ import numpy as np
 
 from experiments import estimates
 from experiments.estimates import Values
+from opd.errors import InternalError
 from services.trainer.evaluation.estimates import Estimate
 
 METRICS = (
@@ -64,13 +65,14 @@ class ArmFindings:
     """One arm with all its seeds."""
 
     student: str
-    teacher: str
+    teacher: str | None
     settings: dict[str, Any]
     """What it has beyond the base."""
     runs: list[Run]
     before_by_problem: list[float]
     """[P], of the student it began with."""
-    teacher_by_problem: list[float]
+    teacher_by_problem: list[float] | None
+    """None where there is no teacher."""
 
     @property
     def after_SP(self) -> Values:
@@ -82,6 +84,9 @@ class ArmFindings:
 
     @property
     def teacher_SP(self) -> Values:
+        """`InternalError` for an arm that has no teacher."""
+        if self.teacher_by_problem is None:
+            raise InternalError(f"an arm of {self.student} without a teacher was asked for its teacher's accuracy")
         return np.array([self.teacher_by_problem])
 
     def metric(self, name: str, window: Window) -> Estimate | None:

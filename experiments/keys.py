@@ -6,6 +6,7 @@ Paths, addresses and time-outs do not count. Models and data count by content.
 
 import hashlib
 import json
+import re
 import tomllib
 from dataclasses import asdict
 from functools import cache
@@ -21,6 +22,7 @@ FORMAT = 1
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja")
 _NO_PART_OF_THE_MODEL = "card.json"
 _KEY_CHARS = 16
+_PROBLEM_FILE = re.compile(r"\{data\}/([\w.]+)")
 
 
 def run_key(arm: Arm, seed: int) -> str:
@@ -32,7 +34,7 @@ def run_key(arm: Arm, seed: int) -> str:
 
 def command_key(command: Command) -> str:
     """Of what a command makes; the problem files it names count by their content."""
-    files = sorted({part.rpartition("/")[2] for part in command.arguments if part.startswith("{data}/")})
+    files = sorted(set(_PROBLEM_FILE.findall(" ".join(command.arguments))))
     identity = {"command": command.name, "arguments": list(command.arguments), "data": [_file(name) for name in files]}
     return _hash(identity | _models(command))
 
@@ -62,8 +64,8 @@ def fingerprint(model: Model) -> str:
     return command_key(model) if isinstance(model, Command) else run_key(model, model.seeds[0])
 
 
-def _models(maker: Arm | Command) -> dict[str, str]:
-    return {"student": fingerprint(maker.student), "teacher": fingerprint(maker.teacher)}
+def _models(maker: Arm | Command) -> dict[str, str | None]:
+    return {"student": fingerprint(maker.student), "teacher": fingerprint(maker.teacher) if maker.teacher else None}
 
 
 def _hash(identity: dict[str, Any]) -> str:

@@ -121,9 +121,10 @@ def _arms_table(findings: Findings) -> str:
     lines = ["| " + " | ".join(heads) + " |", _rule(len(heads))]
     for label, arm in findings.arms.items():
         settings = ", ".join(f"`{name}={value}`" for name, value in arm.settings.items() if name != "data.files")
-        accuracies = (f"{table.mean():.3f}" for table in (arm.before_SP, arm.after_SP, arm.teacher_SP))
+        teacher = "none" if arm.teacher_by_problem is None else f"{arm.teacher_SP.mean():.3f}"
+        accuracies = (f"{arm.before_SP.mean():.3f}", f"{arm.after_SP.mean():.3f}", teacher)
         seeds = ", ".join(str(run.seed) for run in arm.runs)
-        lines.append(_row(label, arm.student, arm.teacher, settings, seeds, *accuracies, _key_of(arm)))
+        lines.append(_row(label, arm.student, arm.teacher or "none", settings, seeds, *accuracies, _key_of(arm)))
     return "\n".join(lines) + "\n"
 
 

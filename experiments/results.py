@@ -8,7 +8,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.arms import name_of
 from experiments.claims import Claim
 from experiments.experiment import FOLDER, Experiment
 from experiments.findings import Findings, findings_of
@@ -21,9 +20,7 @@ MAX_FIGURE_BYTES = 500_000
 
 def collect(experiment: Experiment, store: Store) -> Findings:
     """The findings of an experiment of which nothing is missing."""
-    arms = {
-        label: store.findings(arm, name_of(arm.student), name_of(arm.teacher)) for label, arm in experiment.arms.items()
-    }
+    arms = {label: store.findings(arm) for label, arm in experiment.arms.items()}
     return Findings(arms=arms, reports={label: store.report(made) for label, made in experiment.reports.items()})
 
 

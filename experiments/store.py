@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.arms import Arm, Command, Evaluation, Model
+from experiments.arms import Arm, Command, Evaluation, Model, name_of
 from experiments.findings import ArmFindings, Run, run_of
 from experiments.keys import command_key, evaluation_key, run_key
 from services.trainer.run_log import SUMMARY_FILE, read_steps
@@ -59,19 +59,19 @@ class Store:
         """The JSON that a command has left."""
         return _read(self.command_folder(command) / command.product)
 
-    def findings(self, arm: Arm, student: str, teacher: str) -> ArmFindings:
+    def findings(self, arm: Arm) -> ArmFindings:
         """A finished arm in numbers."""
-        before, teachers = (
-            list(_read(self.evaluation_file(model, arm.evaluation))["accuracy_by_problem"])
-            for model in (arm.student, arm.teacher)
-        )
+
+        def by_problem(model: Model) -> list[float]:
+            return list(_read(self.evaluation_file(model, arm.evaluation))["accuracy_by_problem"])
+
         return ArmFindings(
-            student=student,
-            teacher=teacher,
+            student=name_of(arm.student),
+            teacher=name_of(arm.teacher) if arm.teacher else None,
             settings=dict(arm.settings) | {"data.files": list(arm.data)},
             runs=[self._run(arm, seed) for seed in arm.seeds],
-            before_by_problem=before,
-            teacher_by_problem=teachers,
+            before_by_problem=by_problem(arm.student),
+            teacher_by_problem=by_problem(arm.teacher) if arm.teacher else None,
         )
 
     def _run(self, arm: Arm, seed: int) -> Run:
@@ -81,8 +81,8 @@ class Store:
 
 def evaluations_of(arm: Arm) -> list[tuple[Model, Evaluation, int | None]]:
     """Every evaluation an arm is judged by: of its student before, its teacher and each seed of itself."""
-    others: list[tuple[Model, Evaluation, int | None]] = [(arm.student, arm.evaluation, None)]
-    return [*others, (arm.teacher, arm.evaluation, None), *((arm, arm.evaluation, seed) for seed in arm.seeds)]
+    others = [model for model in (arm.student, arm.teacher) if model is not None]
+    return [*((model, arm.evaluation, None) for model in others), *((arm, arm.evaluation, seed) for seed in arm.seeds)]
 
 
 def _read(path: Path) -> dict[str, Any]:

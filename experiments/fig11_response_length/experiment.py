@@ -15,8 +15,7 @@ from services.trainer.evaluation.estimates import Estimate
 MINUTES = {32: 0.8, 64: 1.0, 128: 1.5, 256: 2.4, 512: 3.8, 768: 4.6}
 """By the longest response, in tokens: what a seed takes."""
 SHORTEST, MODERATE, LONGEST = 32, 256, 768
-CONTINUATION = "continuation"
-DEPTHS = (16, 64, 128, 256, 384)
+ORDINARY, LONG = "ordinary problems", "long chains"
 FIRST, LAST, MIDDLE = Window.FIRST, Window.LAST, Window.MIDDLE
 
 
@@ -62,7 +61,7 @@ def claims(found: Findings) -> Sequence[Claim]:
             ],
         ),
         *(_from_the_back(longest, side, section) for side, section in (("student", "6.1"), ("teacher", "D.1"))),
-        _continuation(found),
+        *(_continuation(found, label) for label in (ORDINARY, LONG)),
     ]  # fmt: skip
 
 
@@ -86,28 +85,48 @@ def _from_the_back(arm: ArmFindings, side: str, section: str) -> Claim:
     )  # fmt: skip
 
 
+def continuation_of(data: str, depths: Sequence[int], max_tokens: int, minutes: float) -> Command:
+    return Command(
+        name="continuation",
+        arguments=(
+            "--student={student}", "--teacher={teacher}", f"--data={{data}}/{data}", "--num-samples=8",
+            f"--depths={','.join(map(str, depths))}", f"--max-response-tokens={max_tokens}", "--cache={samples}",
+            "--output={output}/report.json", "--figure={output}/continuation.png",
+        ),
+        student=BASE,
+        teacher=POST,
+        product="report.json",
+        minutes=minutes,
+    )  # fmt: skip
+
+
 def gains_by_depth(report: dict[str, Any]) -> list[tuple[int, Estimate]]:
     """Accuracy that the teacher's continuation adds, by the depth it starts from."""
     return [(row["depth"], Estimate(**row["gain"])) for row in report["depths"]]
 
 
-def _continuation(found: Findings) -> Claim:
-    gains = gains_by_depth(found.reports[CONTINUATION])
-    (shallow, first), (deep, last) = gains[0], gains[-1]
+def _continuation(found: Findings, label: str) -> Claim:
+    report = found.reports[label]
+    shallow, first = gains_by_depth(report)[0]
+    decline = Estimate(**report["decline"])
     return Claim(
-        statement="What the teacher's continuation adds falls with the depth of the student's prefix.",
+        statement=f"What the teacher's continuation adds falls with the depth of the student's prefix ({label}).",
         section="6.1",
-        checks=[Check(what=f"gain at {deep} tokens against the lowest at {shallow}", estimate=last, high=first.low)],
+        checks=[
+            Check(what="gain at the smallest depth minus gain at the largest", estimate=decline, start=first, low=0)
+        ],
         conditions=[Check(what=f"gain at {shallow} tokens", estimate=first, low=0)],
     )
 
 
 def draw_continuation(axes: Any, found: Findings) -> None:
-    gains = gains_by_depth(found.reports[CONTINUATION])
-    depths, values = [depth for depth, _ in gains], [gain.value for _, gain in gains]
-    errors = [[g.value - g.low for _, g in gains], [g.high - g.value for _, g in gains]]
-    axes.errorbar(depths, values, yerr=errors, color="black", marker="o", capsize=3)
+    for label, marker in zip((ORDINARY, LONG), "os", strict=True):
+        gains = gains_by_depth(found.reports[label])
+        depths, values = [depth for depth, _ in gains], [gain.value for _, gain in gains]
+        errors = [[gain.value - gain.low for _, gain in gains], [gain.high - gain.value for _, gain in gains]]
+        axes.errorbar(depths, values, yerr=errors, color="black", marker=marker, capsize=3, label=label)
     axes.axhline(0, color="#888888", linewidth=0.8)
+    axes.legend(fontsize=7)
 
 
 EXPERIMENT = Experiment(
@@ -118,22 +137,12 @@ EXPERIMENT = Experiment(
     setting=(
         "student-base from teacher-post on chains of 20 to 28 steps, whose responses take about 500 tokens, cut off at "
         "six lengths. Hardly any long chain is solved by any model here, so accuracy is that on ordinary problems; the "
-        "teacher's continuation is graded on the long ones."
+        "teacher's continuation is studied on both."
     ),
     arms={label_of(length): arm_of(length) for length in MINUTES},
     reports={
-        CONTINUATION: Command(
-            name="continuation",
-            arguments=(
-                "--student={student}", "--teacher={teacher}", "--data={data}/heldout_long.jsonl",
-                *(f"--depth={depth}" for depth in DEPTHS), "--num-samples=8", "--max-response-tokens=768",
-                "--output={output}/report.json", "--cache={output}/samples",
-            ),
-            student=BASE,
-            teacher=POST,
-            product="report.json",
-            minutes=5.0,
-        )
+        ORDINARY: continuation_of("heldout.jsonl", (4, 8, 16, 32, 64), 320, 2.0),
+        LONG: continuation_of("heldout_long.jsonl", (16, 64, 128, 256, 384), 768, 5.0),
     },
     claims=claims,
     panels=(

@@ -6,8 +6,9 @@ from typing import Any
 from experiments.arms import Command
 from experiments.cast import BASE, BIG, FAILURE, POST, SUCCESS
 from experiments.claims import Check, Claim, within
+from experiments.estimates import of_aurocs
 from experiments.experiment import Experiment
-from experiments.findings import Findings, Window
+from experiments.findings import Findings
 from experiments.panels import TRAINING_ACCURACY, Accuracies, Curve, Custom
 from services.trainer.evaluation.estimates import Estimate
 
@@ -20,19 +21,27 @@ def auroc_command(teacher: str) -> Command:
     return Command(
         name="auroc",
         arguments=(
-            "--student={student}", "--pool={pool}", "--redis-url={redis_url}", "--data={data}/heldout.jsonl",
-            "--num-samples=8", "--max-response-tokens=320", "--output={output}/report.json", "--cache={output}/samples",
+            "--student={student}", "--teacher={redis_url}#{pool}", "--data={data}/heldout.jsonl", "--num-samples=8",
+            "--max-response-tokens=320", "--max-problems=128", "--cache={samples}", "--output={output}/report.json",
+            "--figure={output}/auroc.png",
         ),
         student=BASE,
         teacher=teacher,
         product="report.json",
-        minutes=1.5,
+        minutes=1.0,
     )  # fmt: skip
 
 
 def auroc_of(report: dict[str, Any]) -> Estimate | None:
     """The area with its interval; None where all rollouts are right, or all wrong."""
-    return Estimate(**report["auroc"]) if report["auroc"] else None
+    found = report["teachers"][0]["auroc"]
+    return Estimate(**found) if found else None
+
+
+def auroc_difference(first: dict[str, Any], second: dict[str, Any]) -> Estimate | None:
+    """Of two teachers' rewards of the same rollouts."""
+    rewards = [report["teachers"][0]["rewards"] for report in (first, second)]
+    return of_aurocs(rewards[0], rewards[1], first["is_correct"], first["problems"])
 
 
 def claims(found: Findings) -> Sequence[Claim]:
@@ -49,8 +58,8 @@ def claims(found: Findings) -> Sequence[Claim]:
             section="6.2",
             checks=[
                 Check(
-                    what="AUROC during the first steps, helping minus failing",
-                    estimate=helps.difference(fails, METRIC, Window.FIRST),
+                    what="AUROC, helping minus failing",
+                    estimate=auroc_difference(found.reports[HELPS], found.reports[FAILS]),
                     **within(COMPARABLE),
                 )
             ],
@@ -71,9 +80,11 @@ def draw_rewards(label: str) -> Custom:
     """Histograms of the mean reward of correct and of incorrect rollouts."""
 
     def draw(axes: Any, found: Findings) -> None:
-        rewards = found.reports[label]["rewards"]
-        for name, color in (("correct", "#0072B2"), ("incorrect", "#D55E00")):
-            axes.hist(rewards[name], bins=40, density=True, alpha=0.6, color=color, label=name)
+        report = found.reports[label]
+        pairs = list(zip(report["teachers"][0]["rewards"], report["is_correct"], strict=True))
+        for name, wanted, color in (("correct", True, "#0072B2"), ("incorrect", False, "#D55E00")):
+            rewards = [reward for reward, is_correct in pairs if is_correct is wanted]
+            axes.hist(rewards, bins=40, density=True, alpha=0.6, color=color, label=name)
         axes.legend(fontsize=7)
 
     return Custom(draw=draw, title=f"Reward of a rollout, {label}", x_label="nats per position", y_label="density")

@@ -41,8 +41,8 @@ EXPERIMENT = Experiment(
     figures="Table 1",
     section="A.1",
     setting=(
-        "student-base with 8 rollouts of each prompt in the template boxed, no KL term and the mean over tokens. "
-        "teacher-post scores for the metrics and trains nothing."
+        "student-base with 8 rollouts of each prompt in the template boxed, no KL term and the mean over "
+        "tokens. Nobody scores."
     ),
     arms={LABEL: GRPO},
     claims=claims,

@@ -19,11 +19,11 @@ def synthetic_findings(experiment: Experiment, seed: int = 0) -> Findings:
     arms = {
         label: ArmFindings(
             student=name_of(arm.student),
-            teacher=name_of(arm.teacher),
+            teacher=name_of(arm.teacher) if arm.teacher else None,
             settings=dict(arm.settings),
             runs=[synthetic_run(random, run_seed, run_key(arm, run_seed)) for run_seed in arm.seeds],
             before_by_problem=random.uniform(0.3, 0.5, NUM_PROBLEMS).tolist(),
-            teacher_by_problem=random.uniform(0.8, 1.0, NUM_PROBLEMS).tolist(),
+            teacher_by_problem=random.uniform(0.8, 1.0, NUM_PROBLEMS).tolist() if arm.teacher else None,
         )
         for label, arm in experiment.arms.items()
     }
@@ -45,10 +45,14 @@ def synthetic_run(random: np.random.Generator, seed: int, key: str) -> Run:
 
 
 def synthetic_report(random: np.random.Generator) -> dict[str, Any]:
-    """Both kinds in one: a claim reads what it knows."""
+    """What both studies leave, in one: a claim reads what it knows."""
     gains = [{"value": value, "low": value - 0.05, "high": value + 0.05} for value in random.uniform(0, 0.4, 3)]
     return {
         "depths": [{"depth": depth, "gain": gain} for depth, gain in zip((16, 64, 256), gains, strict=True)],
-        "auroc": {"value": 0.7, "low": 0.6, "high": 0.8},
-        "rewards": {"correct": random.normal(0, 1, 50).tolist(), "incorrect": random.normal(-1, 1, 50).tolist()},
+        "decline": {"value": 0.1, "low": 0.05, "high": 0.15},
+        "teachers": [
+            {"auroc": {"value": 0.7, "low": 0.6, "high": 0.8}, "rewards": random.normal(0, 1, 64).tolist()},
+        ],
+        "is_correct": [index % 3 == 0 for index in range(64)],
+        "problems": [index // 4 for index in range(64)],
     }

@@ -87,3 +87,24 @@ def test_recovery_is_the_closed_share_of_the_gap() -> None:
 def test_without_a_gap_there_is_no_recovery() -> None:
     before_SP = np.random.default_rng(3).uniform(0, 1, (1, 50))
     assert estimates.recovery(before_SP, before_SP, before_SP - 0.1) is None
+
+
+def area(rewards: list[float], is_correct: list[bool]) -> float:
+    """By counting every pair."""
+    right = [reward for reward, correct in zip(rewards, is_correct, strict=True) if correct]
+    wrong = [reward for reward, correct in zip(rewards, is_correct, strict=True) if not correct]
+    return mean([float(one > other) + 0.5 * (one == other) for one in right for other in wrong])
+
+
+def test_a_difference_of_areas_is_that_of_the_same_rollouts() -> None:
+    generator = np.random.default_rng(5)
+    is_correct = (generator.uniform(size=160) < 0.5).tolist()
+    first = (generator.normal(size=160) + np.array(is_correct)).tolist()
+    second = generator.normal(size=160).tolist()
+    found = estimates.of_aurocs(first, second, is_correct, [index // 4 for index in range(160)])
+    assert found is not None
+    assert found.value == pytest.approx(area(first, is_correct) - area(second, is_correct))
+    assert 0 < found.low < found.value < found.high
+    same = estimates.of_aurocs(first, first, is_correct, list(range(160)))
+    assert same is not None and (same.low, same.value, same.high) == (0, 0, 0)
+    assert estimates.of_aurocs(first, second, [True] * 160, list(range(160))) is None

@@ -10,8 +10,8 @@ from experiments.arms import Arm, Command, Evaluation
 
 ARM = Arm(student="student-base", teacher="teacher-post")
 COMMAND = Command(
-    name="cold-start", arguments=("--prompts={data}/train_2.jsonl",), student="student-base", teacher="teacher-other",
-    product="model", minutes=1.0,
+    name="cold-start", arguments=('data.files=["{data}/train_2.jsonl"]',), student="student-base",
+    teacher="teacher-other", product="model", minutes=1.0,
 )  # fmt: skip
 
 
@@ -35,6 +35,7 @@ def test_how_it_is_graded_and_how_long_it_takes_make_no_other_run() -> None:
         replace(ARM, settings={"steps": 33}),
         replace(ARM, teacher=COMMAND),
         replace(ARM, student=ARM),
+        replace(ARM, teacher=None),
     ],
 )
 def test_what_decides_the_outcome_makes_another_run(other: Arm) -> None:
@@ -49,7 +50,9 @@ def test_every_seed_is_a_run_of_its_own() -> None:
 def test_a_trained_model_is_known_by_how_it_was_trained() -> None:
     assert keys.fingerprint(ARM) == keys.run_key(ARM, 0)
     assert keys.fingerprint(COMMAND) == keys.command_key(COMMAND)
-    assert keys.command_key(replace(COMMAND, arguments=("--prompts={data}/train.jsonl",))) != keys.fingerprint(COMMAND)
+    assert keys.command_key(replace(COMMAND, arguments=('data.files=["{data}/train.jsonl"]',))) != keys.fingerprint(
+        COMMAND
+    )
     assert keys.evaluation_key(ARM, ARM.evaluation) == keys.evaluation_key(ARM, ARM.evaluation, 0)
 
 
