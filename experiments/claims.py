@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypedDict
 
 from services.trainer.evaluation.estimates import Estimate
 
@@ -81,9 +81,16 @@ class Claim:
         }
 
 
-def within(tolerance: float) -> dict[str, float]:
+class Range(TypedDict):
+    """Both bounds of a check."""
+
+    low: float
+    high: float
+
+
+def within(tolerance: float) -> Range:
     """The range of "about as much as": no further than `tolerance` from 0, an absolute figure stated in the check."""
-    return {"low": -tolerance, "high": tolerance}
+    return Range(low=-tolerance, high=tolerance)
 
 
 def _check_json(check: Check) -> dict[str, Any]:

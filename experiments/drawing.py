@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from experiments.findings import ArmFindings, Findings, Run
-from experiments.panels import Accuracies, ByPosition, Curve, Custom, Panel
+from experiments.panels import Accuracies, ByLevel, ByPosition, Curve, Custom, Panel
 from services.trainer.report.drawing import COLORS, LINE_STYLES, MARKERS
 
 _PANEL_INCHES = (5.2, 3.1)
@@ -68,8 +68,7 @@ def _draw_panel(ax: Axes, panel: Panel, findings: Findings) -> None:
         _dress(ax, panel.title, "optimizer step", panel.y_label)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     elif isinstance(panel, ByPosition):
-        for index, (_, arm) in _numbered(findings):
-            _draw_by_position(ax, arm, panel.metric, index)
+        _draw_by_position(ax, findings, panel.metric)
         _dress(
             ax,
             f"{panel.title}: first steps dotted, last solid",
@@ -79,6 +78,12 @@ def _draw_panel(ax: Axes, panel: Panel, findings: Findings) -> None:
     elif isinstance(panel, Accuracies):
         _draw_accuracies(ax, findings)
         _dress(ax, panel.title, "", "fraction correct")
+    elif isinstance(panel, ByLevel):
+        for index, (_, arm) in _numbered(findings):
+            levels = sorted(arm.runs[0].accuracy_by_level)
+            means = [float(np.mean([run.accuracy_by_level[level] for run in arm.runs])) for level in levels]
+            ax.plot(levels, means, **_look(index))
+        _dress(ax, panel.title, "level", "fraction correct")
     elif isinstance(panel, Custom):
         panel.draw(ax, findings)
         _dress(ax, panel.title, panel.x_label, panel.y_label)
@@ -101,16 +106,18 @@ def _filled(run: Run, metric: str) -> list[float]:
     return [np.nan if value is None else value for value in run.series[metric]]
 
 
-def _draw_by_position(ax: Axes, arm: ArmFindings, metric: str, index: int) -> None:
-    """Of the first seed: buckets of several seeds would be the same curve three times."""
-    run = arm.runs[0]
-    for window, style in (("first", ":"), ("last", "-")):
-        buckets = zip(*run.by_position.get(metric, {}).get(window, []), strict=True)
-        known = [[value for value in bucket if value is not None] for bucket in buckets]
-        means = [float(np.mean(values)) for values in known if values]
-        ax.plot(range(len(means)), means, **{**_look(index), "linestyle": style})
-    num_buckets = max(len(line.get_xdata()) for line in ax.lines)
-    ax.set_xticks(range(num_buckets), [f"{edge:g}" for edge in run.position_edges[:num_buckets]])
+def _draw_by_position(ax: Axes, findings: Findings, metric: str) -> None:
+    """Of each arm's first seed: buckets of several seeds would be the same curve three times."""
+    edges: list[float] = []
+    for index, (_, arm) in _numbered(findings):
+        run = arm.runs[0]
+        for window, style in (("first", ":"), ("last", "-")):
+            buckets = zip(*run.by_position.get(metric, {}).get(window, []), strict=True)
+            known = [[value for value in bucket if value is not None] for bucket in buckets]
+            means = [float(np.mean(values)) for values in known if values]
+            ax.plot(range(len(means)), means, **{**_look(index), "linestyle": style})
+            edges = max(edges, run.position_edges[: len(means)], key=len)
+    ax.set_xticks(range(len(edges)), [f"{edge:g}" for edge in edges])
 
 
 def _draw_accuracies(ax: Axes, findings: Findings) -> None:

@@ -39,7 +39,8 @@ class Experiment:
     def makers(self) -> list[Arm | Command]:
         """Everything to run, what others rest on first, each once."""
         found: list[Arm | Command] = []
-        for model in (*self.arms.values(), *self.reports.values()):
+        ends: list[Arm | Command] = [*self.arms.values(), *self.reports.values()]
+        for model in ends:
             found += [maker for maker in makers(model) if maker not in found]
         return found
 

@@ -24,6 +24,13 @@ class Accuracies:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ByLevel:
+    """Held-out accuracy by level of difficulty, which is what the testbed has for benchmarks; mean over seeds."""
+
+    title: str = "Held-out accuracy by level"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ByPosition:
     """A metric by position in the response, at the first steps dotted and at the last ones solid."""
 
@@ -42,7 +49,7 @@ class Custom:
     y_label: str
 
 
-Panel: TypeAlias = Curve | Accuracies | ByPosition | Custom
+Panel: TypeAlias = Curve | Accuracies | ByLevel | ByPosition | Custom
 
 TRAINING_ACCURACY = Curve(metric="outcome/accuracy", title="Accuracy of training rollouts", y_label="fraction correct")
 OVERLAP = Curve(metric="distill/overlap_ratio", title="Overlap ratio (eq 6)", y_label="shared ids / k")

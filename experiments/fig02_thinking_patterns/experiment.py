@@ -7,7 +7,7 @@ from experiments.claims import Check, Claim, within
 from experiments.estimates import of_accuracies
 from experiments.experiment import Experiment
 from experiments.findings import Findings, Window
-from experiments.panels import OVERLAP, STUDENT_MASS, TRAINING_ACCURACY, Accuracies
+from experiments.panels import OVERLAP, STUDENT_MASS, TRAINING_ACCURACY, Accuracies, ByLevel
 
 POST, OTHER = "teacher-post: same pattern", "teacher-other: another pattern"
 
@@ -68,5 +68,5 @@ EXPERIMENT = Experiment(
     ),
     arms={POST: SUCCESS, OTHER: OTHER_PATTERN},
     claims=claims,
-    panels=(Accuracies(), OVERLAP, TRAINING_ACCURACY, STUDENT_MASS),
+    panels=(Accuracies(), ByLevel(), OVERLAP, TRAINING_ACCURACY, STUDENT_MASS),
 )

@@ -8,7 +8,7 @@ from experiments.claims import Check, Claim
 from experiments.estimates import of_accuracies
 from experiments.experiment import Experiment
 from experiments.findings import Findings, Window
-from experiments.panels import OVERLAP, STUDENT_MASS, TRAINING_ACCURACY, Accuracies
+from experiments.panels import OVERLAP, STUDENT_MASS, TRAINING_ACCURACY, Accuracies, ByLevel
 
 ALIGNED, ORIGINAL = "boxed: as the teacher was trained", "dapo"
 ALIGNED_ARM = Arm(
@@ -69,5 +69,5 @@ EXPERIMENT = Experiment(
     ),
     arms={ALIGNED: ALIGNED_ARM, ORIGINAL: Arm(student=BASE, teacher=GRPO)},
     claims=claims,
-    panels=(Accuracies(), TRAINING_ACCURACY, OVERLAP, STUDENT_MASS),
+    panels=(Accuracies(), ByLevel(), TRAINING_ACCURACY, OVERLAP, STUDENT_MASS),
 )
