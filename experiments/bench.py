@@ -191,10 +191,9 @@ def _orphans(folder: Path) -> list[int]:
 
 
 def _check_end(child: Child) -> None:
-    if child.process.returncode != 0:
-        raise InternalError(
-            f"{child.name} ended with code {child.process.returncode}: {child.last_line()} (its log is {child.log_path})"
-        )
+    code = child.process.returncode
+    if code != 0:
+        raise InternalError(f"{child.name} ended with code {code}: {child.last_line()} (its log is {child.log_path})")
 
 
 def _partial(place: Path) -> Path:
