@@ -49,7 +49,7 @@ def start_teacher(processes: Processes, run_dir: Path, redis_url: str, pool: str
     ready_file = run_dir / "teacher.json"
     ready_file.unlink(missing_ok=True)
     teacher = processes.start(
-        "teacher",
+        f"teacher-{pool}",
         [
             *("-m", "services.teacher_server", f"model={model or MODELS / pool}", f"teacher={pool}"),
             *(f"redis_url={redis_url}", "--ready-file", str(ready_file)),
