@@ -29,12 +29,17 @@ GRPO = Arm(
         "objective.kind": "grpo",
         "rollout.rollouts_per_prompt": 8,
         "data.template": "boxed",
-        "steps": 64,
+        "steps": 96,
+        "optim.lr": 8e-5,
     },
     evaluation=Evaluation(template="boxed"),
-    minutes=4.5,
+    minutes=6.5,
 )
-"""Table 1 at laptop size: 8 rollouts of a prompt, verified rewards alone, the template `boxed`."""
+"""Table 1 at laptop size: 8 rollouts of a prompt, verified rewards alone, the template `boxed`.
+
+The rate is lower than the base's 2e-4, at which the accuracy of training rollouts rose and fell again within 40 steps:
+one bit a rollout is a noisier signal than a teacher's distributions.
+"""
 
 COLD_START = Command(
     name="cold-start",
