@@ -11,7 +11,9 @@ from typing import Annotated
 import typer
 
 from opd.errors import ConfigError, InvalidRequestError, OpdError
+from opd.lifecycle import die_with_parent
 from services.eval_cli import auroc, continuation, evaluate
+from services.experiment_cli import experiment_app
 from services.pool_cli import pool_app
 from services.preflight_cli import preflight
 from services.recipes_cli import cold_start, data
@@ -23,6 +25,7 @@ teacher_app = typer.Typer(help="The teacher service.", no_args_is_help=True)
 app.add_typer(teacher_app, name="teacher")
 app.add_typer(tenants_app, name="tenants")
 app.add_typer(pool_app, name="pool")
+app.add_typer(experiment_app, name="experiment")
 app.command()(score)
 app.command("eval")(evaluate)
 app.command()(continuation)
@@ -109,6 +112,7 @@ def report(
 
 def main() -> None:
     """Runs the command; every error of the tree is one line and an exit code."""
+    die_with_parent()
     try:
         app()
     except (ConfigError, InvalidRequestError) as error:

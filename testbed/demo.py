@@ -7,12 +7,8 @@ on Ctrl-C and on failure too.
 
 import json
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -22,8 +18,9 @@ from rich.table import Table
 from opd.errors import ConfigError
 from services.trainer.evaluation.estimates import gap_recovery
 from services.trainer.report import write_report
+from testbed.processes import Terminated, terminable
 from testbed.scores import PAPER, TEMPERATURE_ONE, Score, evaluate_all
-from testbed.stack import DATA, MODELS, Stack, connected, launched, train
+from testbed.stack import DATA, MODELS, Stack, connected, latest_checkpoint, launched, train
 
 CONFIG = Path(__file__).with_name("demo.toml")
 STUDENT = "student-base"
@@ -32,10 +29,6 @@ TRAIN = DATA / "train.jsonl"
 _INTERRUPTED = 130
 # As in the configuration; a shorter run warms up no longer than it is.
 _WARMUP_STEPS = 3
-
-
-class Terminated(Exception):
-    """SIGTERM reached the launcher; raised so that every context is left in order."""
 
 
 def run_demo(*, seed: int, steps: int | None, run_dir: Path, redis_url: str | None, teacher: str) -> int:
@@ -93,11 +86,6 @@ def overrides(stack: Stack, student: str, seed: int, steps: int | None, run_dir:
     if steps is None:
         return values
     return [*values, f"steps={steps}", f"optim.warmup_steps={min(_WARMUP_STEPS, steps)}"]
-
-
-def latest_checkpoint(run_dir: Path) -> Path:
-    """The Hugging Face folder the trainer left."""
-    return max((run_dir / "checkpoints").glob("step-*"), key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def summarize(
@@ -165,17 +153,3 @@ def set_aside(run_dir: Path) -> None:
     previous = run_dir.with_name(f"{run_dir.name}.previous")
     shutil.rmtree(previous, ignore_errors=True)
     run_dir.rename(previous)
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Turns SIGTERM into an exception, so that it unwinds like Ctrl-C."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise Terminated
-
-    before: Callable[[int, FrameType | None], Any] | int | None = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -43,14 +43,15 @@ def launched(run_dir: Path, pool: str) -> Iterator[Stack]:
         yield Stack(redis_url=redis.url, pool=pool, processes=processes)
 
 
-def start_teacher(processes: Processes, run_dir: Path, redis_url: str, pool: str) -> Child:
-    """Serves `testbed/models/<pool>` under its name and waits until it takes requests."""
+def start_teacher(processes: Processes, run_dir: Path, redis_url: str, pool: str, model: Path | None = None) -> Child:
+    """Serves a model, `testbed/models/<pool>` where none is given, as `pool` and waits until it takes requests."""
+    run_dir.mkdir(parents=True, exist_ok=True)
     ready_file = run_dir / "teacher.json"
     ready_file.unlink(missing_ok=True)
     teacher = processes.start(
-        "teacher",
+        f"teacher-{pool}",
         [
-            *("-m", "services.teacher_server", f"model={MODELS / pool}", f"teacher={pool}"),
+            *("-m", "services.teacher_server", f"model={model or MODELS / pool}", f"teacher={pool}"),
             *(f"redis_url={redis_url}", "--ready-file", str(ready_file)),
         ],
     )
@@ -70,3 +71,8 @@ def train(stack: Stack, overrides: Sequence[str], config: Path) -> None:
         raise InternalError(
             f"the trainer ended with code {code}; what it said stands above, its run is in the run folder"
         )
+
+
+def latest_checkpoint(run_dir: Path) -> Path:
+    """The Hugging Face folder the trainer left."""
+    return max((run_dir / "checkpoints").glob("step-*"), key=lambda path: int(path.name.rpartition("-")[2]))

@@ -13,6 +13,7 @@ COMMANDS = (
     [], ["demo"], ["teacher"], ["teacher", "serve"], ["pool"], ["pool", "serve"], ["pool", "promote"], ["pool", "dead"],
     ["pool", "dead", "list"], ["pool", "dead", "show"], ["pool", "status"], ["redis"], ["tenants"], ["tenants", "add"],
     ["train"], ["eval"], ["continuation"], ["auroc"], ["score"], ["report"], ["preflight"], ["data"], ["cold-start"],
+    ["experiment"], ["experiment", "list"], ["experiment", "run"], ["experiment", "report"],
 )  # fmt: skip
 
 
@@ -60,6 +61,7 @@ def test_help_answers_at_once() -> None:
         (["preflight", "--student", "s", "--prompts", "p"], "teachers: is required"),
         (["preflight", "--student", "/nowhere", "--teachers", "a", "--prompts", "p"], "/nowhere"),
         (["eval", "/nowhere", "--data", "testbed/data/heldout.jsonl"], "/nowhere"),
+        (["experiment", "run", "fig99"], "experiment fig99: there is none; choose all or one of fig02"),
         (["eval", "testbed/models/student-base", "--data", "no.jsonl"], "data no.jsonl: no such file"),
         (["eval", "testbed/models/student-base", "--data", "testbed/data/none"], "testbed/data/none: no such file"),
         (["auroc", "--student", "no/such/model", "--teacher", "t", "--data", "no.jsonl"], "no.jsonl: no such file"),

@@ -1,0 +1,75 @@
+"""Fig 5: a post-trained student is distilled back, from its own checkpoint before and from a larger model."""
+
+from collections.abc import Sequence
+
+from experiments.arms import Arm
+from experiments.cast import BASE, BIG, POST
+from experiments.claims import Check, Claim, within
+from experiments.estimates import of_accuracies
+from experiments.experiment import Experiment
+from experiments.findings import Findings, Window
+from experiments.panels import OVERLAP, TRAINING_ACCURACY, Accuracies
+
+OWN, LARGER = "from student-base", "from teacher-big"
+SAME = 0.05
+# After the base's 32 steps both students are still falling.
+LONGER = {"steps": 120}
+
+
+def claims(found: Findings) -> Sequence[Claim]:
+    own, larger = found.arms[OWN], found.arms[LARGER]
+    left = of_accuracies(lambda after, teacher: after - teacher, own.after_SP, own.teacher_SP)
+    return [
+        Claim(
+            statement="Distilled from its own checkpoint before post-training, a student falls back to that level.",
+            section="3.3",
+            checks=[
+                Check(what="gain in accuracy", estimate=own.gain(), high=0, start=own.before()),
+                Check(what="accuracy after minus that of the checkpoint", estimate=left, **within(SAME)),
+            ],
+        ),
+        Claim(
+            statement="A larger teacher of the same family takes it to the same level.",
+            section="3.3",
+            checks=[
+                Check(
+                    what="accuracy after, larger minus own",
+                    estimate=larger.accuracy_over(own),
+                    start=own.before(),
+                    **within(SAME),
+                )
+            ],
+        ),
+        Claim(
+            statement="The two trajectories are nearly indistinguishable.",
+            section="3.3",
+            checks=[
+                Check(
+                    what="accuracy of training rollouts over the whole run, larger minus own",
+                    estimate=larger.difference(own, "outcome/accuracy", Window.ALL),
+                    **within(SAME),
+                )
+            ],
+        ),
+        Claim(
+            statement="The student falls back although the larger teacher scores higher than it does.",
+            section="3.3",
+            checks=[Check(what="gain in accuracy", estimate=larger.gain(), high=0, start=larger.before())],
+            conditions=[Check(what="lead of the larger teacher", estimate=larger.teacher_lead(), low=0)],
+        ),
+    ]
+
+
+EXPERIMENT = Experiment(
+    name="fig05_reverse_distillation",
+    title="reverse distillation",
+    figures="Fig 5",
+    section="3.3",
+    setting="teacher-post as the student, from student-base (its own checkpoint before) and from teacher-big.",
+    arms={
+        OWN: Arm(student=POST, teacher=BASE, settings=LONGER, minutes=4.5),
+        LARGER: Arm(student=POST, teacher=BIG, settings=LONGER, minutes=5.0),
+    },
+    claims=claims,
+    panels=(Accuracies(), TRAINING_ACCURACY, OVERLAP),
+)

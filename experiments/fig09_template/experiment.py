@@ -1,0 +1,73 @@
+"""Figs 9 and 22: prompts in the template that the teacher was post-trained with, and in another."""
+
+from collections.abc import Sequence
+
+from experiments.arms import Arm, Evaluation
+from experiments.cast import BASE, GRPO
+from experiments.claims import Check, Claim
+from experiments.estimates import of_accuracies
+from experiments.experiment import Experiment
+from experiments.findings import Findings, Window
+from experiments.panels import OVERLAP, STUDENT_MASS, TRAINING_ACCURACY, Accuracies, ByLevel
+
+ALIGNED, ORIGINAL = "boxed: as the teacher was trained", "dapo"
+ALIGNED_ARM = Arm(
+    student=BASE, teacher=GRPO, settings={"data.template": "boxed"}, evaluation=Evaluation(template="boxed")
+)
+"""Graded in its own template, as the other arm is in its."""
+
+
+def claims(found: Findings) -> Sequence[Claim]:
+    aligned, original = found.arms[ALIGNED], found.arms[ORIGINAL]
+    ratio = "distill/overlap_ratio"
+    tables = [table for arm in (aligned, original) for table in (arm.before_SP, arm.after_SP, arm.teacher_SP)]
+
+    def share(before: float, after: float, teacher: float) -> float:
+        return (after - before) / (teacher - before)
+
+    has_gaps = aligned.recovery() is not None and original.recovery() is not None
+    more = of_accuracies(lambda *means: share(*means[:3]) - share(*means[3:]), *tables) if has_gaps else None
+    return [
+        Claim(
+            statement="The teacher's template raises the final accuracy.",
+            section="5.2",
+            checks=[
+                Check(
+                    what="accuracy after, aligned minus original", estimate=aligned.accuracy_over(original),
+                    start=of_accuracies(lambda one, two: one - two, aligned.before_SP, original.before_SP), low=0,
+                )
+            ],
+        ),
+        Claim(
+            statement="The teacher's template raises the share of the gap that is recovered.",
+            section="C.4",
+            checks=[Check(what="recovery, aligned minus original", estimate=more, low=0)],
+        ),
+        Claim(
+            statement="With the teacher's template the overlap ratio begins and ends higher.",
+            section="5.2",
+            checks=[
+                Check(
+                    what=f"overlap ratio, aligned minus original, {window.name.lower()} steps",
+                    estimate=aligned.difference(original, ratio, window), start=original.metric(ratio, Window.FIRST),
+                    low=0,
+                )
+                for window in (Window.FIRST, Window.LAST)
+            ],
+        ),
+    ]  # fmt: skip
+
+
+EXPERIMENT = Experiment(
+    name="fig09_template",
+    title="the template of the teacher's post-training",
+    figures="Figs 9, 22",
+    section="5.2, C.4",
+    setting=(
+        "The teacher is student-base after GRPO on prompts in the template boxed; student-base learns from it on the "
+        "same problems asked in boxed and in dapo. Both templates were as common in the student's own first training."
+    ),
+    arms={ALIGNED: ALIGNED_ARM, ORIGINAL: Arm(student=BASE, teacher=GRPO)},
+    claims=claims,
+    panels=(Accuracies(), ByLevel(), TRAINING_ACCURACY, OVERLAP, STUDENT_MASS),
+)

@@ -1,0 +1,1 @@
+"""One figure of the paper; see README.md."""
