@@ -17,7 +17,7 @@ def scored(model: Any, teacher: Any, prompt: list[int], response: list[int]) -> 
     request = ScoreRequest(
         rollout_id=f"r.{prompt[0]}.{len(response)}", tenant="t", teacher="t",
         prompt_token_ids=np.array(prompt, np.int32), response_token_ids=ids,
-        candidate_token_ids=ids[:, None], score_top_k=K,
+        candidate_token_ids=ids[:, None], score_top_k=K, wants_sampled=True, wants_entropy=True,
     )  # fmt: skip
     own = exact_scores(model, request)
     assert own.topk_token_ids is not None and own.topk_logprobs is not None
