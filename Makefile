@@ -28,7 +28,7 @@ test-vllm:            ## the engine contract tests on vLLM too, in .venv-vllm (m
 	OPD_REQUIRE_VLLM=1 VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 \
 	    .venv-vllm/bin/python -m pytest tests/contract/engines -k "not process"
 
-lint: $(READY)        ## ruff, strict types on opd/, spelling, generated code and schema
+lint: $(READY)        ## ruff, strict types, spelling, generated code and schema
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -174,7 +174,7 @@ class Study:
         total = 0.0
         for part in micro_batches(scored, MICRO_BATCH_TOKENS):
             loss = loss_of(build_batch(part)).loss_sum / num_positions
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += float(loss.detach())
         gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
         return total, torch.cat([gradient.flatten().double() for gradient in gradients])

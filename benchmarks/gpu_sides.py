@@ -107,6 +107,7 @@ def _loaded(shape: Shape, device: torch.device) -> LoadedModel:
         device=device,
         dtype_name=dtype,
         takes_position_ids=True,
+        runs_in_threads=True,
     )
 
 

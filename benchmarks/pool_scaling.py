@@ -9,7 +9,6 @@ and the replica processes, user and system, read from /proc before and after: th
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -106,7 +105,7 @@ def cpu_s(pids: list[int]) -> float:
 
 def num_completed(url: str) -> int:
     with Redis.from_url(url) as redis:
-        return int(redis.hget(PoolKeys(TEACHER).counters, "completed") or 0)  # type: ignore[arg-type]
+        return int(redis.hget(PoolKeys(TEACHER).counters, "completed") or 0)
 
 
 def load(server: EmbeddedRedis, pids: list[int], duration_s: float) -> Load:
@@ -183,7 +182,7 @@ def measure(server: EmbeddedRedis, size: Size) -> None:
         found = load(server, pids, size.long_s)
     rows.append(row(8, 16 * size.replica_requests_per_s, found, float("nan")))
     tally = found.tally
-    cpu_ms = statistics.fsum((found.redis_cpu_ms, found.replica_cpu_ms))
+    cpu_ms = found.redis_cpu_ms + found.replica_cpu_ms
     lost = tally["sent"] - tally["answered"]
     for what, is_met in (
         (f"efficiency at 8: {efficiency_8:.3f}, required 0.9", efficiency_8 >= MIN_EFFICIENCY),

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opd.errors import OpdError
+from opd.errors import OpdError, UnsupportedError
 from opd.metrics import TeacherMetrics
 from opd.queue.connection import QueueConnection
 from opd.queue.pools import set_limits
-from opd.types import Capability, Floats, ScoreRequest, Scores, TeacherInfo
+from opd.types import Capability, Floats, ScoreRequest, Scores, SharedHead, TeacherInfo
 from services.teacher_server.batcher import BatchLimits, FairBatcher
 from services.teacher_server.canary import CANARY_ROLLOUT_ID, Canary
 from services.teacher_server.config import TeacherConfig
@@ -80,6 +80,10 @@ class SleepingEngine:
         self.served += [Served(at_s=now_s, tenant=item.tenant, num_tokens=item.num_tokens) for item in requests]
         return [Scores(sampled_logprobs=expected_logprobs(request)) for request in requests]
 
+    def output_head(self) -> SharedHead:
+        """There is no model behind it."""
+        raise UnsupportedError("output head: a sleeping engine has none; score with it")
+
     def forget(self) -> None:
         """Nothing is kept."""
 
@@ -107,7 +111,7 @@ async def serving(
             linger_s=batching.linger_ms / 1000,
         )
         readiness.clear(Part.START)
-        intake = QueueIntake(config, url, scoring, readiness=readiness, replica=config.replica)
+        intake = QueueIntake(config, QueueConnection(url), scoring, readiness=readiness, replica=config.replica)
         await intake.start()
         tasks = [asyncio.create_task(scoring.run()), asyncio.create_task(intake.run())]
         try:

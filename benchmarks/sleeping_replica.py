@@ -4,6 +4,7 @@
 on standard output and runs until SIGTERM.
 """
 
+import argparse
 import asyncio
 import sys
 
@@ -26,9 +27,13 @@ async def serve(url: str, name: str, tokens_per_s: float, batch_tokens: int) -> 
 
 def main() -> None:
     """Ends with its parent."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="of the replica")
+    parser.add_argument("tokens_per_s", type=float, help="speed of the engine; 0 answers at once")
+    parser.add_argument("batch_tokens", type=int, help="of a batch at most")
+    given = parser.parse_args()
     die_with_parent()
-    name, tokens_per_s, batch_tokens = sys.argv[1:]
-    asyncio.run(serve(sys.stdin.readline().strip(), name, float(tokens_per_s), int(batch_tokens)))
+    asyncio.run(serve(sys.stdin.readline().strip(), given.name, given.tokens_per_s, given.batch_tokens))
 
 
 if __name__ == "__main__":

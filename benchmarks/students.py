@@ -5,6 +5,7 @@ rollouts open; after the time no new ones are sent and the open ones are waited 
 what was sent, answered, answered again, and answered with somebody else's scores.
 """
 
+import argparse
 import asyncio
 import json
 import sys
@@ -91,10 +92,15 @@ async def run(url: str, numbers: range, num_open: int, duration_s: float) -> Tal
 
 def main() -> None:
     """Ends with its parent."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("first", type=int, help="number of the first student")
+    parser.add_argument("count", type=int, help="students")
+    parser.add_argument("num_open", type=int, help="open rollouts of each")
+    parser.add_argument("duration_s", type=float, help="seconds until no new ones are sent")
+    given = parser.parse_args()
     die_with_parent()
-    first, count, num_open, duration_s = sys.argv[1:]
-    numbers = range(int(first), int(first) + int(count))
-    tally = asyncio.run(run(sys.stdin.readline().strip(), numbers, int(num_open), float(duration_s)))
+    numbers = range(given.first, given.first + given.count)
+    tally = asyncio.run(run(sys.stdin.readline().strip(), numbers, given.num_open, given.duration_s))
     sys.stdout.write(f"{json.dumps(asdict(tally))}\n")
 
 

@@ -39,8 +39,8 @@ class Credentials:
         if self.token is None or is_encrypted or self.trust_network or is_loopback(host):
             return
         raise ConfigError(
-            f"{name}: the token would travel in clear text to {host}; use grpcs:// or rediss://, or set "
-            "trust_network where the network is private"
+            f"{name}: the token would travel in clear text to {host}; use grpcs:// or rediss://, or "
+            "trust_network (--trust-network) where the network is private"
         )
 
 

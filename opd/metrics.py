@@ -1,12 +1,12 @@
-"""What both services tell Prometheus: names, labels and buckets, in a registry of their own.
+"""What a teacher tells Prometheus: names, labels and buckets, in a registry of their own.
 
 A process builds one of these objects in its composition root and hands it on; nothing registers itself at import.
-Names are `opd_<service>_<what>_<unit>`. Tenants come from callers, so the number of distinct labels is bounded.
+Names are `opd_teacher_<what>_<unit>`. Tenants come from callers, so the number of distinct labels is bounded.
 """
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -19,23 +19,11 @@ _TOKENS = (64, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 _SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75)
 
 
-class Metrics:
-    """A registry and its text form."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-
-    def render(self) -> bytes:
-        """The exposition text, of type `CONTENT_TYPE`."""
-        return generate_latest(self.registry)
-
-
-class TeacherMetrics(Metrics):
+class TeacherMetrics:
     """Of one teacher replica."""
 
     def __init__(self) -> None:
-        super().__init__()
-        registry = self.registry
+        self.registry = registry = CollectorRegistry()
         self.score_seconds = Histogram(
             "opd_teacher_score_seconds", "From admission to the answer.", buckets=_SECONDS, registry=registry
         )
@@ -85,6 +73,10 @@ class TeacherMetrics(Metrics):
         self._tenants: set[str] = set()
         self._known_tenants: frozenset[str] | None = None
 
+    def render(self) -> bytes:
+        """The exposition text, of type `CONTENT_TYPE`."""
+        return generate_latest(self.registry)
+
     def know_tenants(self, names: Iterable[str]) -> None:
         """From now on only these have counters of their own; those of tenants that left are dropped."""
         self._known_tenants = frozenset(names)
@@ -108,22 +100,6 @@ class TeacherMetrics(Metrics):
         label = tenant if is_told else OTHER_TENANTS
         self._tenants.add(label)
         return label
-
-
-class TrainerMetrics(Metrics):
-    """Of one trainer: the latest value of every per-step metric, under its own `area/name`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._step = Gauge("opd_trainer_step", "Optimizer steps done.", registry=self.registry)
-        self._values = Gauge("opd_trainer_metric", "Latest value by name.", ["name"], registry=self.registry)
-
-    def publish(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows the values of one step; a metric absent now keeps no value of an earlier step."""
-        self._step.set(step)
-        self._values.clear()
-        for name, value in values.items():
-            self._values.labels(name).set(value)
 
 
 async def watch_loop_lag(gauge: Gauge, interval_s: float = 0.5) -> None:

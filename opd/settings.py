@@ -6,6 +6,7 @@ out. The resolved configuration can be written back as JSON beside a run.
 """
 
 import difflib
+import json
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -103,7 +104,19 @@ def explain(cls: type[BaseModel], detail: ErrorDetails) -> str:
         return message
     if detail["type"] == "missing":
         return f"{name}: is required; give it in the file or as {name}=VALUE"
-    return f"{name}={detail['input']!r}: {message[0].lower()}{message[1:]}"
+    way_out = _plural(name, detail) or f"{message[0].lower()}{message[1:]}"
+    return f"{name}={detail['input']!r}: {way_out}"
+
+
+def _plural(name: str, detail: ErrorDetails) -> str | None:
+    """One value where several belong, in words of the file instead of Python's."""
+    value = detail["input"]
+    if detail["type"] in ("tuple_type", "list_type"):
+        items = [part.strip() for part in value.split(",")] if isinstance(value, str) else [value]
+        return f"is no list; write {name}={json.dumps(items, default=str)}"
+    if detail["type"] in ("dict_type", "model_type"):
+        return f"is no section; write {name}.KEY=VALUE"
+    return None
 
 
 def _suggestion(cls: type[BaseModel], location: tuple[int | str, ...]) -> str:

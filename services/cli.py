@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from opd.errors import ConfigError, InvalidRequestError, OpdError
+from services.eval_cli import auroc, continuation, evaluate
 from services.pool_cli import pool_app
 from services.recipes_cli import cold_start, data
 from services.score_cli import score
@@ -22,6 +23,9 @@ app.add_typer(teacher_app, name="teacher")
 app.add_typer(tenants_app, name="tenants")
 app.add_typer(pool_app, name="pool")
 app.command()(score)
+app.command("eval")(evaluate)
+app.command()(continuation)
+app.command()(auroc)
 app.command()(data)
 app.command("cold-start")(cold_start)
 
@@ -86,38 +90,6 @@ def train(
     from services.trainer.run import run_training
 
     raise typer.Exit(run_training(config, overrides or [], resume=resume))
-
-
-@app.command("eval")
-def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Model folders or hub names.", show_default=False)],
-    data: Annotated[
-        list[str], typer.Option("--data", help="Problem set: .parquet, .jsonl or a data set's name; may be repeated.")
-    ],
-    num_samples: Annotated[int, typer.Option(help="Responses per problem.")] = 16,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="1 keeps every token.")] = 0.95,
-    max_response_tokens: Annotated[int, typer.Option(help="Bounded by the model's context.")] = 31744,
-    max_problems: Annotated[int | None, typer.Option(help="Only the first of each set.")] = None,
-    template: Annotated[str | None, typer.Option(help="Ask in this template: dapo or boxed.")] = None,
-    before: Annotated[str | None, typer.Option(help="The model before training, for gap recovery.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="The teacher, for gap recovery.")] = None,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
-    cache: Annotated[Path | None, typer.Option(help="Folder of graded samples: goes on where it stopped.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
-) -> None:
-    """Grades models on problem sets: avg@n, pass@n, gap recovery; the paper's sampling by default."""
-    from rich.console import Console
-
-    from services.trainer.evaluation.command import evaluate_command
-    from services.trainer.rollout.base import SamplingParams
-
-    sampling = SamplingParams(temperature=temperature, top_p=top_p, max_response_tokens=max_response_tokens, seed=seed)
-    evaluate_command(
-        models, data, sampling=sampling, num_samples=num_samples, template=template, max_problems=max_problems,
-        before=before, teacher=teacher, device=device, cache_folder=cache, output=output, console=Console(),
-    )  # fmt: skip
 
 
 @app.command()

@@ -4,15 +4,21 @@ Everything here reads or writes Redis through `services.teacher_server.pool`; ta
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from services.teacher_server.queue_access import QueueAccess
 
 pool_app = typer.Typer(help="A pool of teachers as its queue shows it.", no_args_is_help=True)
 dead_app = typer.Typer(help="Requests that were put aside after several failures.", no_args_is_help=True)
 pool_app.add_typer(dead_app, name="dead")
 
 RedisOption = Annotated[str | None, typer.Option(help="redis:// or unix:// URL; default: OPD_REDIS_URL.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-network", help="The way to Redis is private: send the password without TLS.")
+]
 TeacherOption = Annotated[str, typer.Option("--teacher", help="The pool's name.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")]
 TenantArgument = Annotated[str, typer.Argument(help="Whose it is.")]
@@ -38,6 +44,7 @@ def pool_status(
         list[str] | None, typer.Argument(help="Names, or name@fingerprint; default: teacher.", show_default=False)
     ] = None,
     redis_url: RedisOption = None,
+    trust_network: TrustOption = False,
     once: Annotated[bool, typer.Option("--once", help="Print once instead of until Ctrl-C.")] = False,
     as_json: JsonOption = False,
     every_s: Annotated[float, typer.Option("--every-s", min=0.1, help="Seconds between two looks.")] = 1.0,
@@ -45,11 +52,11 @@ def pool_status(
     """Shows replicas, tenants, backlog and speed, refreshed until Ctrl-C."""
     from services.pool_view import print_status, watch_status
 
-    names = teachers or ["teacher"]
+    names, access = teachers or ["teacher"], _access(redis_url, trust_network)
     if once or as_json:
-        print_status(redis_url, names, as_json=as_json)
+        print_status(access, names, as_json=as_json)
     else:
-        watch_status(redis_url, names, every_s=every_s)
+        watch_status(access, names, every_s=every_s)
 
 
 @pool_app.command("promote")
@@ -57,22 +64,28 @@ def pool_promote(
     name: Annotated[str, typer.Argument(help="The teacher's name, as trainers ask for it.")],
     pool: Annotated[str, typer.Argument(help="name@fingerprint of the pool that is to serve it.")],
     redis_url: RedisOption = None,
+    trust_network: TrustOption = False,
     force: Annotated[bool, typer.Option("--force", help="Also to a pool without a live replica.")] = False,
 ) -> None:
     """Lets a teacher's name lead to another pool: trainers follow at their next step."""
     from services.teacher_server.pool import promote
 
-    before = promote(redis_url, name, pool, is_forced=force)
+    before = promote(_access(redis_url, trust_network), name, pool, is_forced=force)
     typer.echo(f"{name} is now served by {pool} (before: {before or name})")
 
 
 @dead_app.command("list")
-def dead_list(teacher: TeacherOption = "teacher", redis_url: RedisOption = None, as_json: JsonOption = False) -> None:
+def dead_list(
+    teacher: TeacherOption = "teacher",
+    redis_url: RedisOption = None,
+    trust_network: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
     """Lists them by tenant, oldest first."""
     from services.pool_view import print_dead_letters
     from services.teacher_server.pool import dead_letters
 
-    print_dead_letters(teacher, dead_letters(redis_url, teacher), as_json=as_json)
+    print_dead_letters(teacher, dead_letters(_access(redis_url, trust_network), teacher), as_json=as_json)
 
 
 @dead_app.command("show")
@@ -81,20 +94,31 @@ def dead_show(
     dead_id: DeadArgument,
     teacher: TeacherOption = "teacher",
     redis_url: RedisOption = None,
+    trust_network: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Shows one with its request."""
     from services.pool_view import print_dead_letter
     from services.teacher_server.pool import dead_letter
 
-    print_dead_letter(*dead_letter(redis_url, teacher, tenant, dead_id), as_json=as_json)
+    print_dead_letter(*dead_letter(_access(redis_url, trust_network), teacher, tenant, dead_id), as_json=as_json)
 
 
 @dead_app.command("requeue")
 def dead_requeue(
-    tenant: TenantArgument, dead_id: DeadArgument, teacher: TeacherOption = "teacher", redis_url: RedisOption = None
+    tenant: TenantArgument,
+    dead_id: DeadArgument,
+    teacher: TeacherOption = "teacher",
+    redis_url: RedisOption = None,
+    trust_network: TrustOption = False,
 ) -> None:
     """Puts one back into the queue."""
     from services.teacher_server.pool import requeue_dead_letter
 
-    typer.echo(f"requeued as entry {requeue_dead_letter(redis_url, teacher, tenant, dead_id)}")
+    typer.echo(f"requeued as entry {requeue_dead_letter(_access(redis_url, trust_network), teacher, tenant, dead_id)}")
+
+
+def _access(redis_url: str | None, trust_network: bool) -> "QueueAccess":
+    from services.teacher_server.queue_access import QueueAccess
+
+    return QueueAccess(redis_url=redis_url, trust_network=trust_network)

@@ -17,7 +17,8 @@ from opd.errors import OpdError
 from opd.queue.dead_letters import DeadLetter
 from opd.queue.status import PoolStatus
 from opd.types import ScoreRequest
-from services.teacher_server.pool import PoolWatch, opened_queue
+from services.teacher_server.pool import PoolWatch
+from services.teacher_server.queue_access import QueueAccess
 
 _WINDOW_S = 10.0
 _MAX_IDS_SHOWN = 64
@@ -42,31 +43,31 @@ class SpeedGauge:
         return (last - first) / (last_at - first_at) if last_at > first_at else None
 
 
-def print_status(redis_url: str | None, teachers: Sequence[str], *, as_json: bool) -> None:
+def print_status(access: QueueAccess, teachers: Sequence[str], *, as_json: bool) -> None:
     """`opd pool status --once` and `--json`; an unreachable Redis is the error it is."""
-    states = asyncio.run(_read_once(redis_url, teachers))
+    states = asyncio.run(_read_once(access, teachers))
     if as_json:
         _print_json({"teachers": {name: dataclasses.asdict(state) for name, state in states.items()}})
         return
     _console().print(render(states, {}))
 
 
-def watch_status(redis_url: str | None, teachers: Sequence[str], *, every_s: float) -> None:
+def watch_status(access: QueueAccess, teachers: Sequence[str], *, every_s: float) -> None:
     """`opd pool status`: until Ctrl-C; a Redis that goes away is said and waited for."""
     try:
-        asyncio.run(_watch(redis_url, teachers, every_s))
+        asyncio.run(_watch(access, teachers, every_s))
     except KeyboardInterrupt:
         return
 
 
-async def _read_once(redis_url: str | None, teachers: Sequence[str]) -> dict[str, PoolStatus]:
-    async with opened_queue(redis_url) as connection:
+async def _read_once(access: QueueAccess, teachers: Sequence[str]) -> dict[str, PoolStatus]:
+    async with access.opened() as connection:
         return await PoolWatch(connection, teachers, cache_s=0.0).read()
 
 
-async def _watch(redis_url: str | None, teachers: Sequence[str], every_s: float) -> None:
+async def _watch(access: QueueAccess, teachers: Sequence[str], every_s: float) -> None:
     gauge = SpeedGauge()
-    async with opened_queue(redis_url) as connection:
+    async with access.opened() as connection:
         watch = PoolWatch(connection, teachers, cache_s=0.0)
         with Live(console=Console(), auto_refresh=False, screen=False) as live:
             while True:
@@ -89,14 +90,21 @@ def render(states: dict[str, PoolStatus], speeds: dict[str, float | None]) -> Re
     """One block per teacher: its line of totals, its replicas, its tenants."""
     blocks: list[RenderableType] = []
     for name, state in states.items():
-        blocks += [_headline(name, state, speeds.get(name)), _replicas(state), _tenants(state), Text()]
+        if state.is_known:
+            blocks += [_headline(name, state, speeds.get(name)), _replicas(state), _tenants(state), Text()]
+        else:
+            blocks += [_unknown(name, state), Text()]
     return Group(*blocks[:-1])
 
 
+def _unknown(name: str, state: PoolStatus) -> Text:
+    """A pool that is idle looks otherwise: it was served once."""
+    text = _name(name, state)
+    return text.append("   no such pool: nobody ever served or asked it; correct the name", style="not bold yellow")
+
+
 def _headline(name: str, state: PoolStatus, speed: float | None) -> Text:
-    text = Text(f"{name}", style="bold")
-    if state.pool != name:
-        text.append(f" -> {state.pool}", style="not bold")
+    text = _name(name, state)
     num_replicas = len(state.replicas)
     parts = [f"{num_replicas} replica{'' if num_replicas == 1 else 's'}"]
     parts.append(f"backlog {state.backlog_tokens:,} tokens in {state.backlog_entries:,} requests")
@@ -108,6 +116,11 @@ def _headline(name: str, state: PoolStatus, speed: float | None) -> Text:
     if state.dead_letters:
         text.append(f", {state.dead_letters} dead letter{'' if state.dead_letters == 1 else 's'}", style="bold red")
     return text
+
+
+def _name(name: str, state: PoolStatus) -> Text:
+    text = Text(name, style="bold")
+    return text if state.pool == name else text.append(f" -> {state.pool}", style="not bold")
 
 
 def _replicas(state: PoolStatus) -> RenderableType:

@@ -88,15 +88,19 @@ def acl(
     close_default: Annotated[bool, typer.Option("--close-default", help="Also turn Redis's default user off.")] = False,
     apply: Annotated[bool, typer.Option("--apply", help="Set the users of the running Redis.")] = False,
     redis_url: Annotated[str | None, typer.Option(help="Of the running Redis; default: OPD_REDIS_URL.")] = None,
+    trust_network: Annotated[
+        bool, typer.Option("--trust-network", help="The way to it is private: send the password without TLS.")
+    ] = False,
 ) -> None:
     """Prints the tenants' Redis users as an ACL file, or sets those of a running Redis and removes who left."""
+    from services.teacher_server.queue_access import QueueAccess
     from services.teacher_server.tenant_access import AccessPlan, apply_plan, render_plan
 
     plan = AccessPlan.load(
         file, teachers, pool_user=pool_user, pool_password_file=pool_password_file, close_default=close_default
     )
     if apply:
-        typer.echo(apply_plan(plan, redis_url))
+        typer.echo(apply_plan(plan, QueueAccess(redis_url=redis_url, trust_network=trust_network)))
     else:
         typer.echo(render_plan(plan, redis_version))
 

@@ -5,22 +5,28 @@ precision of the weights (float64 stays float64), and rows of the output head th
 every normaliser, ranking and entropy. Teacher engine, rollout sampler and student share this code.
 """
 
-from opd.ops.full_vocabulary import FullVocabularyScores, defined_head, full_logprobs, full_reverse_kl
+from opd.ops.divergence import FORWARD_KL, REVERSE_KL, row_divergence
+from opd.ops.full_vocabulary import FullVocabularyScores, defined_head, full_divergence, full_logprobs
 from opd.ops.head import MASKED_LOGIT, OutputHead
 from opd.ops.rows import RowStatistics, row_statistics, score_rows
-from opd.ops.support import support_logprobs
+from opd.ops.support import StudentScores, student_scores, support_logprobs
 from opd.ops.topk import top_k_stable
 
 __all__ = [
+    "FORWARD_KL",
     "MASKED_LOGIT",
+    "REVERSE_KL",
     "FullVocabularyScores",
     "OutputHead",
     "RowStatistics",
+    "StudentScores",
     "defined_head",
+    "full_divergence",
     "full_logprobs",
-    "full_reverse_kl",
+    "row_divergence",
     "row_statistics",
     "score_rows",
+    "student_scores",
     "support_logprobs",
     "top_k_stable",
 ]

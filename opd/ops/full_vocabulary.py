@@ -13,21 +13,25 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from opd.errors import InvalidRequestError
+from opd.ops.divergence import REVERSE_KL, row_divergence
 from opd.ops.head import OutputHead, row_slices
 from opd.ops.rows import DEFAULT_ROW_CHUNK, logprobs_at
+from opd.ops.support import rows_entropy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FullVocabularyScores:
     """T positions, with gradient in the student's hidden states and head; fp32 or better."""
 
-    reverse_kl_T: Tensor
-    """KL(student || teacher) in nats over all defined ids."""
+    divergence_T: Tensor
+    """In nats over all defined ids."""
     student_logprobs_TK: Tensor
     """At the ids that were given, NaN at `PAD_ID`."""
+    student_entropy_T: Tensor | None = None
+    """In nats over all defined ids; None where it was not asked for."""
 
 
-def full_reverse_kl(
+def full_divergence(
     student_hidden_TH: Tensor,
     student_head: OutputHead,
     teacher_hidden_TG: Tensor,
@@ -37,12 +41,14 @@ def full_reverse_kl(
     num_defined_ids: int,
     student_temperature: float = 1.0,
     teacher_temperature: float = 1.0,
+    beta: float = REVERSE_KL,
+    wants_entropy: bool = False,
     row_chunk: int = DEFAULT_ROW_CHUNK,
 ) -> FullVocabularyScores:
-    """Sum over all defined ids v of p(v) (log p(v) - log q(v)), p the student and q the teacher.
+    """`row_divergence` of student and teacher over all defined ids: value, form and closed-form gradient stand there.
 
-    Gradient with respect to a student logit: p(v) (log p(v) / q(v) - KL) / student_temperature. The teacher gets none.
-    Raises `InvalidRequestError` if rows or settings do not fit.
+    The gradient with respect to a student logit is divided by the student's temperature. The teacher gets none. Raises
+    `InvalidRequestError` if rows or settings do not fit.
     """
     num_rows = student_hidden_TH.shape[0]
     if teacher_hidden_TG.shape[0] != num_rows or ids_TK.shape[0] != num_rows:
@@ -54,7 +60,8 @@ def full_reverse_kl(
     teacher_head = defined_head(teacher_head, num_defined_ids)
     _check_temperature(student_temperature)
     _check_temperature(teacher_temperature)
-    chunk = partial(_chunk_scores, student_head, teacher_head, student_temperature, teacher_temperature)
+    temperatures = student_temperature, teacher_temperature
+    chunk = partial(_chunk_scores, student_head, teacher_head, *temperatures, beta, wants_entropy)
     parts = [
         checkpoint(chunk, *inputs, use_reentrant=False, preserve_rng_state=False)
         if torch.is_grad_enabled()
@@ -62,9 +69,11 @@ def full_reverse_kl(
         for rows in row_slices(num_rows, row_chunk)
         for inputs in [(student_hidden_TH[rows], teacher_hidden_TG[rows], ids_TK[rows])]
     ]
+    divergences, logprobs, entropies = zip(*parts, strict=True)
     return FullVocabularyScores(
-        reverse_kl_T=torch.cat([kl_C for kl_C, _ in parts]),
-        student_logprobs_TK=torch.cat([logprobs_CK for _, logprobs_CK in parts]),
+        divergence_T=torch.cat(divergences),
+        student_logprobs_TK=torch.cat(logprobs),
+        student_entropy_T=torch.cat(entropies) if wants_entropy else None,
     )
 
 
@@ -83,7 +92,7 @@ def full_logprobs(
     head = defined_head(head, num_defined_ids)
     _check_temperature(temperature)
     for rows in row_slices(hidden_TH.shape[0], row_chunk):
-        yield _logprobs(as_stored(hidden_TH[rows], head.weight_VH.dtype), head, temperature)
+        yield _tempered(as_stored(hidden_TH[rows], head.weight_VH.dtype), head, temperature).log_softmax(dim=-1)
 
 
 def defined_head(head: OutputHead, num_defined_ids: int) -> OutputHead:
@@ -110,21 +119,24 @@ def _chunk_scores(
     teacher_head: OutputHead,
     student_temperature: float,
     teacher_temperature: float,
+    beta: float,
+    wants_entropy: bool,
     student_hidden_CH: Tensor,
     teacher_hidden_CG: Tensor,
     ids_CK: Tensor,
-) -> tuple[Tensor, Tensor]:
-    student_CD = _logprobs(student_hidden_CH, student_head, student_temperature)
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    student_CD = _tempered(student_hidden_CH, student_head, student_temperature)
     with torch.no_grad():
         stored_CG = as_stored(teacher_hidden_CG, teacher_head.weight_VH.dtype)
-        teacher_CD = _logprobs(stored_CG, teacher_head, teacher_temperature)
-    kl_C = (student_CD.exp() * (student_CD - teacher_CD)).sum(dim=-1)
-    return kl_C, logprobs_at(student_CD, student_CD.new_zeros(student_CD.shape[0]), ids_CK)
+        teacher_CD = _tempered(stored_CG, teacher_head, teacher_temperature)
+    normalizer_C = student_CD.logsumexp(dim=-1)
+    entropy_C = rows_entropy(student_CD, normalizer_C) if wants_entropy else None
+    return row_divergence(student_CD, teacher_CD, beta), logprobs_at(student_CD, normalizer_C, ids_CK), entropy_C
 
 
-def _logprobs(hidden_CH: Tensor, head: OutputHead, temperature: float) -> Tensor:
+def _tempered(hidden_CH: Tensor, head: OutputHead, temperature: float) -> Tensor:
     logits_CD = head.logits(hidden_CH)
-    return (logits_CD / temperature if temperature != 1.0 else logits_CD).log_softmax(dim=-1)
+    return logits_CD / temperature if temperature != 1.0 else logits_CD
 
 
 def _check_temperature(temperature: float) -> None:

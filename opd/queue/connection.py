@@ -62,6 +62,7 @@ class QueueConnection:
         self.epoch = 0
         self._rules = RetryRules(total_s=patience_s, attempt_timeout_s=_ATTEMPT_TIMEOUT_S)
         options = _identity(url, credentials or Credentials())
+        self._way_in = _way_in(url, options)
         try:
             pool = BlockingConnectionPool.from_url(
                 url,
@@ -132,9 +133,7 @@ class QueueConnection:
             raise OverCapacityError(f"redis {self.label}: out of memory; raise maxmemory or lower the caps") from None
         except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as error:
             if _is_refusal(error):
-                raise UnauthenticatedError(
-                    f"redis {self.label}: {_reason(error)}; give user and password in the URL"
-                ) from None
+                raise UnauthenticatedError(f"redis {self.label}: {_reason(error)}; {self._way_in}") from None
             raise QueueUnavailableError(
                 f"redis {self.label}: not reachable for {rules.total_s:g} s ({_reason(error)}); "
                 "start it or correct the URL"
@@ -160,15 +159,26 @@ def _identity(url: str, credentials: Credentials) -> dict[str, Any]:
             options["username"] = credentials.user
     if parts.scheme == "rediss":
         files = {
-            "ssl_ca_certs": credentials.ca_file,
-            "ssl_certfile": credentials.cert_file,
-            "ssl_keyfile": credentials.key_file,
+            "ca_file": ("ssl_ca_certs", credentials.ca_file),
+            "cert_file": ("ssl_certfile", credentials.cert_file),
+            "key_file": ("ssl_keyfile", credentials.key_file),
         }
-        for name, path in files.items():
+        for name, (option, path) in files.items():
             if path is not None:
                 read_pem(f"redis {name}", path)
-                options[name] = str(path.expanduser())
+                options[option] = str(path.expanduser())
     return options
+
+
+def _way_in(url: str, options: dict[str, Any]) -> str:
+    """What to do when Redis refuses who we say we are."""
+    parts = urlsplit(url)
+    if "password" in options:
+        user = parts.username or options.get("username") or "the URL's user"
+        return f"give the token or password of {user}, or let `opd tenants acl --apply` set the users anew"
+    if parts.password or "password=" in parts.query:
+        return "correct user and password in the URL"
+    return "give a token, or user and password in the URL"
 
 
 async def _pipelined(redis: Any, command: str, keys: Sequence[str]) -> list[Any]:

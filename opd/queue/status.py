@@ -45,6 +45,8 @@ class PoolStatus:
     """One pool."""
 
     pool: str
+    is_known: bool
+    """A replica announced itself once, or somebody asked; False is a name that nobody ever used."""
     backlog_tokens: int
     backlog_entries: int
     leased_entries: int
@@ -66,9 +68,12 @@ async def read_status(connection: QueueConnection, pool: str) -> PoolStatus:
     limits = await connection.call(lambda redis: redis.hgetall(keys.limits))
     totals = await connection.call(lambda redis: redis.hgetall(keys.counters))
     memory = await connection.call(lambda redis: redis.info("memory"))
+    traces = (keys.info, keys.counters, keys.limits, keys.replicas, keys.active, keys.dead_tenants)
+    num_traces = await connection.call(lambda redis: redis.exists(*traces))
     tenants = tuple([await _read_tenant(connection, keys, name.decode(), limits) for name in sorted(names)])
     return PoolStatus(
         pool=pool,
+        is_known=num_traces > 0,
         backlog_tokens=sum(tenant.backlog_tokens for tenant in tenants),
         backlog_entries=sum(tenant.backlog_entries for tenant in tenants),
         leased_entries=sum(tenant.leased_entries for tenant in tenants),

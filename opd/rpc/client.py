@@ -13,7 +13,8 @@ from typing import Any, Self
 import grpc
 
 from opd.credentials import Credentials, read_pem
-from opd.errors import ConfigError, TeacherUnavailableError
+from opd.errors import ConfigError, OpdError, TeacherUnavailableError
+from opd.rpc.scheme import wrong_scheme
 from opd.rpc.status import error_from_rpc
 from opd.types import ScoreReply, ScoreRequest, TeacherInfo
 from opd.wire.chunks import ReplyAssembly
@@ -103,7 +104,7 @@ class GrpcScoreClient:
                     return
                 yield head_part(message)
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, self._target) from None
+            raise await self._explain(error) from None
         except TimeoutError:
             raise TeacherUnavailableError(f"teacher at {self._target}: no byte for {_HEAD_IDLE_S:.0f} s") from None
         finally:
@@ -128,7 +129,7 @@ class GrpcScoreClient:
             call = getattr(self._connected(), method)
             return await call(message, timeout=timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, self._target) from None
+            raise await self._explain(error) from None
 
     async def _score_stream(self, request: ScoreRequest, message: pb.ScoreRequest) -> ScoreReply:
         assembly = ReplyAssembly(request)
@@ -139,11 +140,19 @@ class GrpcScoreClient:
             async for part in call:
                 assembly.add(part)
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, self._target) from None
+            raise await self._explain(error) from None
         finally:
             # Whoever gives up, for whatever reason, frees the server too.
             call.cancel()
         return assembly.finish()
+
+    async def _explain(self, error: Any) -> OpdError:
+        """A teacher that answered once is not asked how it wants to be spoken to."""
+        if not self._knows_limit and error.code() is grpc.StatusCode.UNAVAILABLE:
+            found = await wrong_scheme(self._target, error.details() or "", is_encrypted=self._is_encrypted)
+            if found is not None:
+                return found
+        return error_from_rpc(error, self._target)
 
     def _connected(self) -> Any:
         if self._stub is None:

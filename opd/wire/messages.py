@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from opd.errors import InvalidRequestError, OpdError, from_code
+from opd.errors import InvalidRequestError, from_code
 from opd.types import Capability, Encoding, Floats, Ids, Normalizer, ScoreReply, ScoreRequest, Scores, TeacherInfo
 from opd.wire import arrays
 from opd.wire.pb import teacher_pb2 as pb
@@ -45,11 +45,6 @@ def decode_request(body: bytes, info: TeacherInfo | None = None) -> ScoreRequest
 def encode_reply(reply: ScoreReply, request: ScoreRequest) -> bytes:
     """The queue body of an answer, in the request's encoding and told by its candidates."""
     return reply_to_proto(reply, request.encoding, request.candidate_token_ids).SerializeToString()
-
-
-def encode_error(rollout_id: str, error: OpdError) -> bytes:
-    """The queue body of a refusal."""
-    return error_to_proto(rollout_id, error).SerializeToString()
 
 
 def decode_reply(body: bytes, request: ScoreRequest) -> ScoreReply:
@@ -195,19 +190,6 @@ def reply_to_proto(
         queue_ms=reply.queue_ms,
         engine_ms=reply.engine_ms,
         replica=reply.replica,
-    )
-
-
-def error_to_proto(rollout_id: str, error: OpdError) -> pb.ScoreReply:
-    """A refusal; `reply_from_proto` raises it again on the other side."""
-    return pb.ScoreReply(
-        rollout_id=rollout_id,
-        error=pb.Error(
-            code=error.code,
-            message=error.message,
-            retryable=error.retryable,
-            retry_after_ms=math.ceil(1000 * (error.retry_after_s or 0.0)),
-        ),
     )
 
 

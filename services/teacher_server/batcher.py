@@ -55,6 +55,8 @@ class Ticket:
     """On the clock of `admitted_at_s`."""
     is_dealt: bool = False
     """Handed out in a batch."""
+    is_scored: bool = False
+    """Its batch is done; whoever asked may still be reading."""
     is_settled: bool = False
     """Answered or given up; out of the ledger."""
 
@@ -99,12 +101,6 @@ class FairBatcher:
     def num_waiting(self) -> int:
         """Tickets not yet in a batch, cancelled ones not counted."""
         return self._num_waiting
-
-    def waiting_tokens(self) -> int:
-        """Tokens not yet in a batch."""
-        return sum(
-            ticket.num_tokens for lane in self._lanes.values() for ticket in lane.waiting if not ticket.is_settled
-        )
 
     def held_tokens(self, intake: Intake | None = None, tenant: str | None = None) -> int:
         """Tokens in the ledger, waiting or being scored."""

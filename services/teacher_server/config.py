@@ -124,6 +124,12 @@ class QueueSettings(Settings):
     key_file: Path | None = None
     """PEM file of its key."""
 
+    @model_validator(mode="after")
+    def _pair(self) -> Self:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError(f"cert_file={self.cert_file}, key_file={self.key_file}: give both or neither")
+        return self
+
 
 class VllmSettings(Settings):
     """What is passed on to vLLM; read where engine is vllm."""

@@ -6,6 +6,7 @@ tenant's name alone. Without a tenants file the gate is open.
 
 from opd.errors import PermissionDeniedError, UnauthenticatedError
 from services.teacher_server.tenant_registry import TenantRegistry
+from services.teacher_server.tenants import NO_TOKEN
 
 
 class Gate:
@@ -55,4 +56,4 @@ class Gate:
 
 
 def _nobody() -> UnauthenticatedError:
-    return UnauthenticatedError("authorization: is missing; send a bearer token")
+    return UnauthenticatedError(NO_TOKEN)

@@ -92,7 +92,9 @@ class TeacherServicer(pb_grpc.TeacherServiceServicer):
     async def _score_stream(self, message: pb.ScoreStreamRequest, context: Any) -> Iterator[pb.ScoreStreamResponse]:
         scoring = self._slot.get()
         request = request_from_proto(message.request, scoring.info())
-        reply = await scoring.score(request, patience_s=context.time_remaining(), is_streamed=True)
+        reply, release = await scoring.score_streamed(request, patience_s=context.time_remaining())
+        # Also for a call that was cancelled, or cut off between two chunks.
+        context.add_done_callback(lambda _: release())
         return split_reply(reply, request.encoding, self._chunk_bytes)
 
     async def _output_head(self, message: pb.GetOutputHeadRequest) -> Iterator[pb.GetOutputHeadResponse]:

@@ -11,7 +11,7 @@ import logging
 import re
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,6 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from pydantic import Field, field_validator
 
-from opd.credentials import Credentials
 from opd.errors import ConfigError, OpdError
 from opd.lifecycle import Shutdown
 from opd.logs import configure_logging
@@ -31,9 +30,10 @@ from opd.queue.dead_letters import DeadLetter, list_dead, requeue_dead, show_dea
 from opd.queue.keys import check_pool
 from opd.queue.pools import promote_pool, resolve_pool
 from opd.queue.status import PoolStatus, read_status
-from opd.settings import Settings, load_settings, read_secret
+from opd.settings import Settings, load_settings
 from opd.types import ScoreRequest
 from opd.wire.messages import decode_request
+from services.teacher_server.queue_access import QueueAccess
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -46,6 +46,8 @@ class PoolConfig(Settings):
     """Names of the pools to watch, `name` or `name@fingerprint`; a bare name follows its alias."""
     redis_url: str | None = None
     """redis://, rediss:// or unix:// URL of the queue; unset takes OPD_REDIS_URL or its file."""
+    trust_network: bool = False
+    """The way to Redis is private: its password may travel without TLS."""
     host: str = "127.0.0.1"
     """Loopback unless told."""
     port: int = Field(default=8090, ge=0, le=65_535)
@@ -173,9 +175,8 @@ async def serve_pool(config: PoolConfig, shutdown: Shutdown, on_ready: Callable[
 
     Redis may be away at the start and at any time: answers are 503 meanwhile, and the process stays.
     """
-    connection = QueueConnection(
-        _redis_url(config.redis_url), patience_s=config.patience_s, credentials=pool_credentials()
-    )
+    access = QueueAccess(redis_url=config.redis_url, trust_network=config.trust_network)
+    connection = access.connect(config.patience_s)
     watch = PoolWatch(connection, config.teachers, cache_s=config.cache_s)
     listener = _listen(config.host, config.port)
     port = listener.getsockname()[1]
@@ -217,59 +218,36 @@ def run_pool(config: Path | None, overrides: Sequence[str]) -> int:
     return 0
 
 
-def dead_letters(redis_url: str | None, teacher: str) -> list[DeadLetter]:
+def dead_letters(access: QueueAccess, teacher: str) -> list[DeadLetter]:
     """`opd pool dead list`."""
-    return _with_pool(redis_url, teacher, list_dead)
+    return _with_pool(access, teacher, list_dead)
 
 
-def dead_letter(redis_url: str | None, teacher: str, tenant: str, dead_id: str) -> tuple[DeadLetter, ScoreRequest]:
+def dead_letter(access: QueueAccess, teacher: str, tenant: str, dead_id: str) -> tuple[DeadLetter, ScoreRequest]:
     """`opd pool dead show`: the letter and its request, decoded."""
-    letter, body = _with_pool(redis_url, teacher, lambda connection, pool: show_dead(connection, pool, tenant, dead_id))
+    letter, body = _with_pool(access, teacher, lambda connection, pool: show_dead(connection, pool, tenant, dead_id))
     return letter, decode_request(body)
 
 
-def requeue_dead_letter(redis_url: str | None, teacher: str, tenant: str, dead_id: str) -> str:
+def requeue_dead_letter(access: QueueAccess, teacher: str, tenant: str, dead_id: str) -> str:
     """`opd pool dead requeue`: returns the new entry id."""
     if not re.fullmatch(r"\d+-\d+", dead_id):
         raise ConfigError(f"DEAD_ID={dead_id}: is no entry id; take one that `opd pool dead list` shows")
-    return _with_pool(redis_url, teacher, lambda connection, pool: requeue_dead(connection, pool, tenant, dead_id))
+    return _with_pool(access, teacher, lambda connection, pool: requeue_dead(connection, pool, tenant, dead_id))
 
 
-def promote(redis_url: str | None, name: str, pool: str, *, is_forced: bool = False) -> str | None:
+def promote(access: QueueAccess, name: str, pool: str, *, is_forced: bool = False) -> str | None:
     """`opd pool promote`: lets the teacher's name lead to `pool` and returns where it led before."""
-    return asyncio.run(_once(redis_url, lambda connection: promote_pool(connection, name, pool, is_forced=is_forced)))
+    return asyncio.run(_once(access, lambda connection: promote_pool(connection, name, pool, is_forced=is_forced)))
 
 
-def _with_pool(redis_url: str | None, teacher: str, act: Callable[[QueueConnection, str], Awaitable[_T]]) -> _T:
+def _with_pool(access: QueueAccess, teacher: str, act: Callable[[QueueConnection, str], Awaitable[_T]]) -> _T:
     async def resolved(connection: QueueConnection) -> _T:
         return await act(connection, await resolve_pool(connection, teacher))
 
-    return asyncio.run(_once(redis_url, resolved))
+    return asyncio.run(_once(access, resolved))
 
 
-async def _once(redis_url: str | None, act: Callable[[QueueConnection], Awaitable[_T]]) -> _T:
-    async with opened_queue(redis_url) as connection:
+async def _once(access: QueueAccess, act: Callable[[QueueConnection], Awaitable[_T]]) -> _T:
+    async with access.opened() as connection:
         return await act(connection)
-
-
-@contextlib.asynccontextmanager
-async def opened_queue(redis_url: str | None) -> AsyncIterator[QueueConnection]:
-    """A checked connection for one command."""
-    connection = QueueConnection(_redis_url(redis_url), patience_s=5.0, credentials=pool_credentials())
-    try:
-        await connection.open()
-        yield connection
-    finally:
-        await connection.close()
-
-
-def pool_credentials() -> Credentials:
-    """The password of the user in the URL, from `OPD_REDIS_PASSWORD` or its file; TLS files stand in the URL."""
-    return Credentials(token=read_secret("OPD_REDIS_PASSWORD"))
-
-
-def _redis_url(given: str | None) -> str:
-    url = given or read_secret("OPD_REDIS_URL")
-    if url is None:
-        raise ConfigError("redis_url: is not given; write redis_url=redis://host:6379/0 or set OPD_REDIS_URL")
-    return url

@@ -16,6 +16,7 @@ from opd.credentials import Credentials
 from opd.errors import InternalError, InvalidRequestError, OpdError, QueueUnavailableError, TeacherUnavailableError
 from opd.queue.connection import QueueConnection
 from opd.queue.score_consumer import Delivery, LeaseRules, ScoreConsumer
+from opd.settings import read_secret
 from opd.types import ScoreRequest
 from opd.wire.messages import check_message_size, decode_request, encode_info, encode_reply
 from services.teacher_server.batcher import Intake
@@ -36,19 +37,35 @@ _COURTESY_S = 0.005
 _MAX_NEWCOMERS = 16
 
 
+def connect_queue(config: TeacherConfig) -> QueueConnection | None:
+    """Not opened yet, None where no queue is given; ConfigError for what cannot be, before a model is loaded."""
+    url = config.redis_url or read_secret("OPD_REDIS_URL")
+    if url is None:
+        return None
+    queue = config.queue
+    credentials = Credentials(
+        token=read_secret("OPD_REDIS_PASSWORD"),
+        user=queue.user,
+        ca_file=queue.ca_file,
+        cert_file=queue.cert_file,
+        key_file=queue.key_file,
+        trust_network=config.trust_network,
+    )
+    return QueueConnection(url, patience_s=queue.patience_s, credentials=credentials)
+
+
 class QueueIntake:
-    """One replica's hand in the queue. `start`, then `run` until cancelled, then `stop`."""
+    """One replica's hand in the queue. `start`, `run` until cancelled, `stop`, which closes the connection."""
 
     def __init__(
         self,
         config: TeacherConfig,
-        url: str,
+        connection: QueueConnection,
         scoring: TeacherScoring,
         *,
         readiness: Readiness,
         replica: str,
         gate: Gate | None = None,
-        password: str | None = None,
     ) -> None:
         info, queue = scoring.info(), config.queue
         self._scoring = scoring
@@ -68,15 +85,7 @@ class QueueIntake:
             max_body_bytes=config.grpc.max_message_bytes,
         )
         self.pool = f"{info.teacher}@{info.fingerprint}" if queue.per_fingerprint else info.teacher
-        credentials = Credentials(
-            token=password,
-            user=queue.user,
-            ca_file=queue.ca_file,
-            cert_file=queue.cert_file,
-            key_file=queue.key_file,
-            trust_network=config.trust_network,
-        )
-        self._connection = QueueConnection(url, patience_s=queue.patience_s, credentials=credentials)
+        self._connection = connection
         self._consumer = ScoreConsumer(self._connection, pool=self.pool, name=replica, rules=rules)
         self._serving: dict[Delivery, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()

@@ -8,8 +8,9 @@ thread only computes, and there is one, because an engine is not made to be shar
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 from opd.errors import DeadlineExceededError, OpdError, TeacherUnavailableError, UnsupportedError
@@ -77,7 +78,7 @@ class TeacherScoring:
 
     @property
     def num_in_flight(self) -> int:
-        """Requests admitted and not answered."""
+        """Requests admitted and not answered, or whose answer is being read."""
         return len(self._answers)
 
     @property
@@ -108,23 +109,46 @@ class TeacherScoring:
         alone: bool = False,
         age_s: float = 0.0,
         patience_s: float | None = None,
-        is_streamed: bool = False,
     ) -> ScoreReply:
         """The answer to one request, or an OpdError; cancelling gives it up.
 
         `age_s` is what of its time-out passed before it came here; `patience_s` is the caller's own limit from now.
-        `is_streamed` says that the answer goes out in chunks, so that it may be long and hold hidden states.
         """
+        with self._counted_errors():
+            check_request(request, self.info())
+            ticket = self._admit(request, intake, alone, age_s, patience_s)
+            try:
+                return await self._answer_to(ticket)
+            finally:
+                self._give_up(ticket)
+
+    async def score_streamed(
+        self, request: ScoreRequest, *, patience_s: float | None = None
+    ) -> tuple[ScoreReply, Callable[[], None]]:
+        """As `score` for an answer that goes out in chunks, so that it may be long and hold hidden states.
+
+        What is being read is in memory, so its tokens stay in the ledger until the second value is called.
+        """
+        with self._counted_errors():
+            check_request(request, self.info(), is_streamed=True)
+            ticket = self._admit(request, Intake.DIRECT, False, 0.0, patience_s)
+            try:
+                return await self._answer_to(ticket), lambda: self._give_up(ticket)
+            except BaseException:
+                self._give_up(ticket)
+                raise
+
+    @contextmanager
+    def _counted_errors(self) -> Iterator[None]:
         try:
-            check_request(request, self.info(), is_streamed=is_streamed)
-            return await self._score(request, intake, alone, age_s, patience_s)
+            yield
         except OpdError as error:
             self._metrics.errors.labels(error.code).inc()
             raise
 
-    async def _score(
+    def _admit(
         self, request: ScoreRequest, intake: Intake, alone: bool, age_s: float, patience_s: float | None
-    ) -> ScoreReply:
+    ) -> Ticket:
         if reason := self._readiness.why_not_scoring():
             raise _not_here(reason)
         now_s, left_s = self._clock(), request.timeout_ms / 1000 - age_s
@@ -139,19 +163,19 @@ class TeacherScoring:
             now_s=now_s - age_s,
             deadline_s=now_s + left_s,
         )
-        answer: asyncio.Future[ScoreReply] = asyncio.get_running_loop().create_future()
-        self._answers[ticket] = answer
+        self._answers[ticket] = asyncio.get_running_loop().create_future()
         self._idle.clear()
         self._show_load()
         self._wake.set()
-        try:
-            await asyncio.wait({answer}, timeout=left_s)
-            if not answer.done():
-                raise _too_late(request, left_s)
-            self._metrics.score_seconds.observe(self._clock() - ticket.admitted_at_s)
-            return answer.result()
-        finally:
-            self._give_up(ticket)
+        return ticket
+
+    async def _answer_to(self, ticket: Ticket) -> ScoreReply:
+        answer, left_s = self._answers[ticket], ticket.deadline_s - self._clock()
+        await asyncio.wait({answer}, timeout=left_s)
+        if not answer.done():
+            raise _too_late(ticket.request, left_s)
+        self._metrics.score_seconds.observe(self._clock() - ticket.admitted_at_s)
+        return answer.result()
 
     async def run(self) -> None:
         """Deals batches to the engine for ever; an exception here ends the process."""
@@ -211,7 +235,9 @@ class TeacherScoring:
             guarded: GuardedOutcomes = await self._in_engine_thread(lambda: self._engine.score(requests))
         finally:
             for ticket in batch:
-                self._batcher.settle(ticket)
+                ticket.is_scored = True
+                if ticket not in self._answers:
+                    self._batcher.settle(ticket)
         if guarded.verdict is not None:
             self._apply(guarded.verdict)
         took_s = self._clock() - started_s
@@ -264,14 +290,16 @@ class TeacherScoring:
             self.abandon(verdict.reason)
 
     def _give_up(self, ticket: Ticket) -> None:
-        """Forgets a ticket; one that is being scored stays in the ledger until its batch is done."""
-        answer = self._answers.pop(ticket)
+        """Forgets a ticket; one that is being scored stays in the ledger until its batch is done. Twice is once."""
+        answer = self._answers.pop(ticket, None)
+        if answer is None:
+            return
         if answer.done():
             # Read, so that an answer nobody waited for is not reported as lost.
             answer.exception()
         if not self._answers:
             self._idle.set()
-        if not ticket.is_dealt:
+        if ticket.is_scored or not ticket.is_dealt:
             self._batcher.settle(ticket)
         self._show_load()
 

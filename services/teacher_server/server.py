@@ -17,7 +17,7 @@ from typing import Any
 from opd.lifecycle import Shutdown, die_with_parent
 from opd.logs import configure_logging
 from opd.metrics import TeacherMetrics, watch_loop_lag
-from opd.settings import load_settings, read_secret
+from opd.settings import load_settings
 from services.teacher_server.batcher import BatchLimits, FairBatcher
 from services.teacher_server.canary import Canary
 from services.teacher_server.config import TeacherConfig
@@ -27,7 +27,7 @@ from services.teacher_server.gate import Gate
 from services.teacher_server.grpc_api import GrpcServer
 from services.teacher_server.guarded_engine import GuardedEngine
 from services.teacher_server.http_api import HttpServer, create_app
-from services.teacher_server.queue_intake import QueueIntake
+from services.teacher_server.queue_intake import QueueIntake, connect_queue
 from services.teacher_server.readiness import Part, Readiness
 from services.teacher_server.ready_file import write_ready_file
 from services.teacher_server.scoring import ScoringSlot, TeacherScoring
@@ -84,6 +84,7 @@ class Replica:
         chunk_bytes = min(config.hidden_states.chunk_bytes, config.grpc.max_message_bytes // 2)
         self._grpc = GrpcServer(config.grpc, self._slot, self._readiness, gate, chunk_bytes=chunk_bytes)
         self._http = HttpServer(create_app(self._slot, self._readiness, self._metrics, config.http, gate), config.http)
+        self._queue = connect_queue(config)
         self._intake: QueueIntake | None = None
         self._tasks: dict[str, asyncio.Task[Any]] = {}
 
@@ -198,17 +199,10 @@ class Replica:
             self._run("tenants", self._registry.watch())
 
     async def _join_queue(self, scoring: TeacherScoring) -> None:
-        url = self._config.redis_url or read_secret("OPD_REDIS_URL")
-        if url is None:
+        if self._queue is None:
             return
         intake = QueueIntake(
-            self._config,
-            url,
-            scoring,
-            readiness=self._readiness,
-            replica=self._name,
-            gate=self._gate,
-            password=read_secret("OPD_REDIS_PASSWORD"),
+            self._config, self._queue, scoring, readiness=self._readiness, replica=self._name, gate=self._gate
         )
         if self._registry is not None:
             self._registry.subscribe(intake.follow)

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from opd.credentials import Credentials
 from opd.errors import ConfigError
 from opd.queue.access import acl_file_line, apply_users, hash_password, pool_rules, read_version, tenant_rules, who_am_i
-from opd.queue.connection import QueueConnection
 from opd.queue.keys import check_pool
-from opd.settings import read_secret, read_secret_file
+from opd.settings import read_secret_file
+from services.teacher_server.queue_access import QueueAccess
 from services.teacher_server.tenants import TenantTable, check_name, load_tenants
 
 _DEFAULT_OFF = ["off", "resetkeys", "-@all"]
@@ -82,25 +81,19 @@ def render_plan(plan: AccessPlan, redis_version: str) -> str:
     return "\n".join(acl_file_line(name, rules) for name, rules in users.items())
 
 
-def apply_plan(plan: AccessPlan, redis_url: str | None) -> str:
+def apply_plan(plan: AccessPlan, access: QueueAccess) -> str:
     """Sets the users of a running Redis and says what was done."""
-    url = redis_url or read_secret("OPD_REDIS_URL")
-    if url is None:
-        raise ConfigError("--redis-url: is not given; write redis://host:6379/0 or set OPD_REDIS_URL")
-    return asyncio.run(_apply(plan, url))
+    return asyncio.run(_apply(plan, access))
 
 
-async def _apply(plan: AccessPlan, url: str) -> str:
-    connection = QueueConnection(url, patience_s=5.0, credentials=Credentials(token=read_secret("OPD_REDIS_PASSWORD")))
-    try:
-        await connection.open()
-        if plan.close_default and await who_am_i(connection) == "default":
+async def _apply(plan: AccessPlan, access: QueueAccess) -> str:
+    async with access.opened() as connection:
+        own_name = await who_am_i(connection)
+        if plan.close_default and own_name == "default":
             raise ConfigError("--close-default: would shut out the user that does it; connect as another one")
         users = plan.users(await read_version(connection))
-        if (own_name := await who_am_i(connection)) in users and not plan.close_default:
+        if own_name in users:
             raise ConfigError(f"{own_name}: is the user that does this; rename the tenant or connect as another one")
         gone, is_saved = await apply_users(connection, users, plan.pools)
-    finally:
-        await connection.close()
     kept = "saved by Redis" if is_saved else "not in a file of Redis's: run again after its restart, or use an aclfile"
     return f"{connection.label}: {len(users)} users set, removed: {', '.join(gone) or 'none'}; {kept}"

@@ -29,6 +29,10 @@ from opd.queue.keys import check_tenant
 from opd.settings import Settings, explain
 
 MAX_TOKENS_A_TENANT = 2
+NO_TOKEN = (
+    "authorization: has no bearer token; send `authorization: Bearer TOKEN`, from opd by --token-file, "
+    "teacher.token_file or OPD_TOKEN_FILE"
+)
 _MAX_FILE_BYTES = 4 << 20
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -76,10 +80,13 @@ class TenantTable:
         """The tenant whose token an `authorization: Bearer TOKEN` holds; UnauthenticatedError when it is nobody's."""
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
-            raise UnauthenticatedError("authorization: has no bearer token; send `authorization: Bearer TOKEN`")
+            raise UnauthenticatedError(NO_TOKEN)
         found = self._owner_of(hash_token(token.strip()))
         if found is None:
-            raise UnauthenticatedError("authorization: the token is nobody's; ask for a new one")
+            raise UnauthenticatedError(
+                "authorization: the token is nobody's; send the tenant's own, or ask the operator for a new one "
+                "(opd tenants rotate)"
+            )
         return found
 
     def require(self, name: str) -> Tenant:

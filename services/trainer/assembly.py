@@ -20,17 +20,24 @@ from transformers.utils import logging as transformers_logging
 
 from opd.errors import CheckpointError, ConfigError
 from opd.queue.connection import hide_password
+from services.trainer.alarms.desk import AlarmDesk, require_horizon
+from services.trainer.alarms.watch import AlarmWatch
+from services.trainer.batch import ScoredRollout, build_batch
 from services.trainer.checkpoint import Checkpoint, CheckpointStore, TrainerState
 from services.trainer.config import ONLY_TEACHER, OnScoreFailure, TrainSettings
 from services.trainer.console import RunConsole
 from services.trainer.evaluator import Evaluator
+from services.trainer.horizon import Horizon
 from services.trainer.http_api import RunStatus, StatusServer
-from services.trainer.loop import LoopSettings, TrainingLoop
+from services.trainer.loggers.build import open_loggers
+from services.trainer.loop import LoopSettings, Scorer, TrainingLoop
 from services.trainer.loss import DistillLoss
 from services.trainer.models import LoadedModel, load_model
 from services.trainer.objectives.config import ObjectiveKind
 from services.trainer.objectives.dispatch import build_objective
+from services.trainer.probe import PROBE_FILE, GradientProbe
 from services.trainer.prompt_files import PreparedPrompts, prepare_prompts
+from services.trainer.rewards import AnswerReward
 from services.trainer.rollout.base import SamplingParams
 from services.trainer.rollout.transformers_engine import TransformersEngine
 from services.trainer.run_log import RunLog
@@ -39,12 +46,13 @@ from services.trainer.stop import StopSignal
 from services.trainer.student import Student, StudentOptimizer
 from services.trainer.teacher_head import TeacherHead
 from services.trainer.teacher_links import TeacherLink, build_router, connect_teachers
-from services.trainer.teachers import TeacherRouter
-from services.trainer.training_run import TrainingRun
+from services.trainer.teachers import NoTeachers, TeacherRouter
+from services.trainer.training_run import TrainingRun, close_within
 from services.trainer.weights import SharedWeights
 
 _log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
+LOGGERS_CLOSE_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,14 +70,15 @@ class _Parts:
     prompts: PreparedPrompts
     engine: TransformersEngine
     evaluate: Callable[[int], dict[str, float]] | None
-    teachers: TeacherRouter
+    teachers: Scorer
     teacher_head: TeacherHead | None
 
 
 def assemble(settings: TrainSettings, stop: StopSignal, *, resume: bool) -> TrainingRun:
     """A run that is ready to train; an `OpdError` or a signal here leaves nothing open."""
+    require_horizon(settings.alarms, settings.objective.horizon)
     with ExitStack() as opened:
-        run = _wire(_prepare(settings, stop, opened, resume=resume))
+        run = _wire(_prepare(settings, stop, opened, resume=resume), opened)
         run.own(opened.pop_all())
     return run
 
@@ -82,7 +91,7 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
     store = CheckpointStore(settings.run_dir / CHECKPOINTS, keep_last=settings.checkpoint.keep_last)
     checkpoint = _starting_point(log, store, resume=resume)
     _serve_status(settings, status, opened)
-    links = connect_teachers(settings, opened)
+    links = connect_teachers(settings, opened) if settings.objective.uses_teacher else {}
     source = str(checkpoint.folder) if checkpoint else settings.student.model
     loaded = load_model(source, device=settings.student.device)
     prompts = prepare_prompts(settings, loaded.tokenizer)
@@ -93,7 +102,7 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
     # Teachers may be long in coming, so they are met last.
     evaluate = _evaluator(settings, loaded, log)
     status.enter("waiting")
-    teachers = _meet_teachers(settings, links, loaded, console)
+    teachers, teacher_head = _meet_teachers(settings, links, loaded, console)
     return _Parts(
         settings=settings,
         stop=stop,
@@ -107,11 +116,11 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
         engine=engine,
         evaluate=evaluate,
         teachers=teachers,
-        teacher_head=_teacher_head(settings, links, teachers, loaded),
+        teacher_head=teacher_head,
     )
 
 
-def _wire(parts: _Parts) -> TrainingRun:
+def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
     settings, loaded, log = parts.settings, parts.loaded, parts.log
     student = Student(
         loaded.model,
@@ -125,6 +134,9 @@ def _wire(parts: _Parts) -> TrainingRun:
     log.create(config)
     if parts.checkpoint is not None:
         _restore(parts.checkpoint, optimizer, log, settings)
+    loss = DistillLoss(student, build_objective(settings.objective), settings.objective, parts.teacher_head)
+    first_step = parts.checkpoint.state.step if parts.checkpoint else 0
+    horizon = _horizon(settings, log)
     num_steps = settings.steps or parts.prompts.schedule.num_steps
     loop = TrainingLoop(
         _loop_settings(settings, num_steps),
@@ -132,10 +144,12 @@ def _wire(parts: _Parts) -> TrainingRun:
         engine=parts.engine,
         teachers=parts.teachers,
         student=student,
-        loss=DistillLoss(student, build_objective(settings.objective), settings.objective, parts.teacher_head),
+        loss=loss,
         optimizer=optimizer,
         weights=SharedWeights(parts.engine),
-        first_step=parts.checkpoint.state.step if parts.checkpoint else 0,
+        reward=AnswerReward(_decoder(loaded.tokenizer)) if settings.objective.uses_outcome else None,
+        horizon=horizon,
+        first_step=first_step,
         interruptible=parts.stop.interruptible,
     )
 
@@ -143,18 +157,52 @@ def _wire(parts: _Parts) -> TrainingRun:
         state = TrainerState(step=step, seed=settings.seed, prompts_digest=parts.prompts.digest, config=config)
         return parts.store.save(loaded.model, loaded.tokenizer, optimizer.state_tensors(), state)
 
-    decode = _decoder(loaded.tokenizer) if settings.data.grade else None
+    loggers = open_loggers(settings.loggers, settings.run_dir, config=config, first_step=first_step)
+    # One that sends over a network may hang when the other side is gone.
+    opened.callback(close_within, loggers.close, "loggers", limit_s=LOGGERS_CLOSE_S)
     return TrainingRun(
         settings,
         num_steps=num_steps,
         loop=loop,
-        metrics=StepMetrics(weight=settings.objective.weight, decode=decode),
+        metrics=_step_metrics(parts, student, loss),
         log=log,
         save=save,
         evaluate=parts.evaluate,
         status=parts.status,
         console=parts.console,
         stop=parts.stop,
+        alarms=AlarmDesk(
+            settings.alarms,
+            AlarmWatch(settings.alarms, log.steps()),
+            log=log,
+            say=parts.console.say,
+            note=loggers.log_text,
+            status=parts.status,
+            shorten=horizon.shorten if horizon else None,
+        ),
+        loggers=loggers,
+    )
+
+
+def _step_metrics(parts: _Parts, student: Student, loss: DistillLoss) -> StepMetrics:
+    settings = parts.settings
+
+    def loss_of(scored: Sequence[ScoredRollout]) -> torch.Tensor:
+        return loss(build_batch(scored, student.device)).loss_sum
+
+    probe = GradientProbe(
+        loss_of,
+        student.model.parameters(),
+        every_steps=settings.metrics.coherence_every_steps,
+        num_rollouts=settings.metrics.coherence_rollouts,
+        path=settings.run_dir / PROBE_FILE,
+    )
+    return StepMetrics(
+        weight=settings.objective.weight,
+        decode=_decoder(parts.loaded.tokenizer) if settings.data.grade else None,
+        fraction=settings.metrics.fraction,
+        seed=settings.seed,
+        probe=probe.measure,
     )
 
 
@@ -199,18 +247,22 @@ def _serve_status(settings: TrainSettings, status: RunStatus, opened: ExitStack)
 
 def _meet_teachers(
     settings: TrainSettings, links: dict[str, TeacherLink], loaded: LoadedModel, console: RunConsole
-) -> TeacherRouter:
+) -> tuple[Scorer, TeacherHead | None]:
+    """Whoever is to score, willing to, and the output head where the objective needs one."""
+    if not settings.objective.uses_teacher:
+        return NoTeachers(), None
     teachers = build_router(settings, links, vocabulary=loaded.vocabulary, student_name=loaded.name)
     teachers.shake_hands(wait_s=settings.teacher.wait_s, on_wait=console.say)
-    return teachers
+    if settings.objective.kind is not ObjectiveKind.FULL_VOCABULARY:
+        return teachers, None
+    teachers.try_scoring(f"probe-{secrets.token_hex(4)}.0")
+    return teachers, _teacher_head(settings, links, teachers, loaded)
 
 
 def _teacher_head(
     settings: TrainSettings, links: dict[str, TeacherLink], teachers: TeacherRouter, loaded: LoadedModel
-) -> TeacherHead | None:
-    """Fetched before anything is sampled; a head that is cached already is not asked for, nor the right to it."""
-    if settings.objective.kind is not ObjectiveKind.FULL_VOCABULARY:
-        return None
+) -> TeacherHead:
+    """Fetched before anything is sampled, unless it is cached already."""
     device = next(loaded.model.parameters()).device
     client = links[ONLY_TEACHER].client
     head = TeacherHead(client, lambda: teachers.info(ONLY_TEACHER), folder=settings.teacher.head_cache, device=device)
@@ -285,6 +337,14 @@ def _loop_settings(settings: TrainSettings, num_steps: int) -> LoopSettings:
         aggregation=settings.objective.aggregation,
         drops_unscored=settings.teacher.on_score_failure is OnScoreFailure.DROP,
     )
+
+
+def _horizon(settings: TrainSettings, log: RunLog) -> Horizon | None:
+    """Where the last step of a resumed run left it."""
+    config = settings.objective.horizon
+    if config is None:
+        return None
+    return Horizon(config, longest=settings.rollout.max_response_tokens, records=log.steps())
 
 
 def _evaluator(settings: TrainSettings, loaded: LoadedModel, log: RunLog) -> Callable[[int], dict[str, float]] | None:

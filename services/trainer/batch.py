@@ -7,6 +7,7 @@ padding; everything a loss works on is packed, so that a mean over positions nee
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 from opd.errors import InternalError
 from opd.types import Rollout, Scores
 
+Column: TypeAlias = NDArray[np.generic] | None
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredRollout:
@@ -23,6 +26,10 @@ class ScoredRollout:
 
     rollout: Rollout
     scores: Scores
+    supervised_tokens: int | None = None
+    """Leading response positions the teacher's signal trains; None means all."""
+    advantage: float | None = None
+    """Of its reward within the group; None where answers are not verified."""
 
     @property
     def num_tokens(self) -> int:
@@ -32,6 +39,17 @@ class ScoredRollout:
     @property
     def num_response_tokens(self) -> int:
         return int(self.rollout.response_token_ids.size)
+
+    @property
+    def num_supervised_tokens(self) -> int:
+        """Response positions that the teacher's signal trains."""
+        length = self.num_response_tokens
+        return length if self.supervised_tokens is None else min(length, self.supervised_tokens)
+
+    @property
+    def num_trained_tokens(self) -> int:
+        """Response positions that train at all: where answers are verified, those beyond the horizon do too."""
+        return self.num_supervised_tokens if self.advantage is None else self.num_response_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,14 +77,23 @@ class DistillBatch:
     student_support_logprobs_TK: Tensor
     """At rollout time."""
     student_entropy_T: Tensor
-    teacher_sampled_logprobs_T: Tensor
-    teacher_support_logprobs_TK: Tensor
+    supervised_T: Tensor
+    """Bool: which positions the teacher's signal trains."""
+    valid_T: Tensor
+    """Bool: which positions train at all."""
+    num_trained_T: Tensor
+    """How many positions of the position's rollout train."""
+    teacher_sampled_logprobs_T: Tensor | None = None
+    """This and the following: only where every rollout has them."""
+    teacher_support_logprobs_TK: Tensor | None = None
     """The teacher's log-probs at `support_ids_TK`."""
-    teacher_topk_ids_Tk: Tensor
-    teacher_topk_logprobs_Tk: Tensor
-    teacher_entropy_T: Tensor
+    teacher_topk_ids_Tk: Tensor | None = None
+    teacher_topk_logprobs_Tk: Tensor | None = None
+    teacher_entropy_T: Tensor | None = None
     teacher_hidden_TG: Tensor | None = None
-    """The teacher's states after its final norm, of its own hidden size G; only where they were asked for."""
+    """The teacher's states after its final norm, of its own hidden size G."""
+    advantage_T: Tensor | None = None
+    """Of the position's rollout within its group."""
 
     @property
     def num_rollouts(self) -> int:
@@ -76,6 +103,11 @@ class DistillBatch:
     def num_positions(self) -> int:
         """T"""
         return self.sampled_ids_T.numel()
+
+    def name_position(self, row: int) -> str:
+        """How an error names one of the T positions."""
+        rollout = self.rollout_ids[int(self.rollout_index_T[row])]
+        return f"response position {int(self.position_T[row])} of rollout {rollout}"
 
 
 def micro_batches(scored: Sequence[ScoredRollout], max_tokens: int) -> list[list[ScoredRollout]]:
@@ -95,46 +127,53 @@ def micro_batches(scored: Sequence[ScoredRollout], max_tokens: int) -> list[list
 
 
 def build_batch(scored: Sequence[ScoredRollout], device: torch.device | str = "cpu") -> DistillBatch:
-    """Packs one part into tensors. `InternalError` when a score that was asked for is not there."""
+    """Packs one part into tensors. `InternalError` when a rollout's columns are not of its length."""
     input_ids_BS, attention_mask_BS, hidden_index_T = _sequences(scored)
     rollouts = [item.rollout for item in scored]
-    lengths = [item.num_response_tokens for item in scored]
+    lengths_B = torch.tensor([item.num_response_tokens for item in scored])
+    trained_B = torch.tensor([item.num_trained_tokens for item in scored])
+    position_T = torch.cat([torch.arange(length) for length in lengths_B])
 
-    def packed(column: Callable[[ScoredRollout], NDArray[np.generic] | None], dtype: torch.dtype) -> Tensor:
+    def packed(column: Callable[[ScoredRollout], Column], dtype: torch.dtype = torch.float32) -> Tensor:
         return _packed([column(item) for item in scored], rollouts, dtype).to(device)
 
-    def floats(column: Callable[[ScoredRollout], NDArray[np.generic] | None]) -> Tensor:
-        return packed(column, torch.float32)
+    def optional(column: Callable[[ScoredRollout], Column], dtype: torch.dtype = torch.float32) -> Tensor | None:
+        return None if any(column(item) is None for item in scored) else packed(column, dtype)
 
+    def per_position(values_B: Tensor) -> Tensor:
+        return torch.repeat_interleave(values_B, lengths_B)
+
+    supervised_B = torch.tensor([item.num_supervised_tokens for item in scored])
     return DistillBatch(
         rollout_ids=tuple(rollout.rollout_id for rollout in rollouts),
         input_ids_BS=input_ids_BS.to(device),
         attention_mask_BS=attention_mask_BS.to(device),
         hidden_index_T=hidden_index_T.to(device),
-        rollout_index_T=torch.repeat_interleave(torch.arange(len(scored)), torch.tensor(lengths)).to(device),
-        position_T=torch.cat([torch.arange(length) for length in lengths]).to(device),
+        rollout_index_T=per_position(torch.arange(len(scored))).to(device),
+        position_T=position_T.to(device),
+        supervised_T=(position_T < per_position(supervised_B)).to(device),
+        valid_T=(position_T < per_position(trained_B)).to(device),
+        num_trained_T=per_position(trained_B).to(device),
         sampled_ids_T=packed(lambda item: item.rollout.response_token_ids, torch.int64),
         support_ids_TK=packed(lambda item: item.rollout.topk_token_ids, torch.int64),
-        rollout_logprobs_T=floats(lambda item: item.rollout.rollout_logprobs),
-        student_sampled_logprobs_T=floats(lambda item: item.rollout.sampled_logprobs),
-        student_support_logprobs_TK=floats(lambda item: item.rollout.topk_logprobs),
-        student_entropy_T=floats(lambda item: item.rollout.entropy),
-        teacher_sampled_logprobs_T=floats(lambda item: item.scores.sampled_logprobs),
-        teacher_support_logprobs_TK=floats(lambda item: item.scores.candidate_logprobs),
-        teacher_topk_ids_Tk=packed(lambda item: item.scores.topk_token_ids, torch.int64),
-        teacher_topk_logprobs_Tk=floats(lambda item: item.scores.topk_logprobs),
-        teacher_entropy_T=floats(_teacher_entropy),
-        teacher_hidden_TG=floats(lambda item: item.scores.hidden_states)
-        if all(item.scores.hidden_states is not None for item in scored)
-        else None,
+        rollout_logprobs_T=packed(lambda item: item.rollout.rollout_logprobs),
+        student_sampled_logprobs_T=packed(lambda item: item.rollout.sampled_logprobs),
+        student_support_logprobs_TK=packed(lambda item: item.rollout.topk_logprobs),
+        student_entropy_T=packed(lambda item: item.rollout.entropy),
+        teacher_sampled_logprobs_T=optional(lambda item: item.scores.sampled_logprobs),
+        teacher_support_logprobs_TK=optional(lambda item: item.scores.candidate_logprobs),
+        teacher_topk_ids_Tk=optional(lambda item: item.scores.topk_token_ids, torch.int64),
+        teacher_topk_logprobs_Tk=optional(lambda item: item.scores.topk_logprobs),
+        teacher_entropy_T=optional(lambda item: item.scores.entropy),
+        teacher_hidden_TG=optional(lambda item: item.scores.hidden_states),
+        advantage_T=optional(_advantages),
     )
 
 
-def _teacher_entropy(item: ScoredRollout) -> NDArray[np.floating]:
-    """The one score a run can do without: NaN where the teacher does not supply it."""
-    if item.scores.entropy is None:
-        return np.full(item.num_response_tokens, np.nan, dtype=np.float32)
-    return item.scores.entropy
+def _advantages(item: ScoredRollout) -> Column:
+    if item.advantage is None:
+        return None
+    return np.full(item.num_response_tokens, item.advantage, dtype=np.float64)
 
 
 def _sequences(scored: Sequence[ScoredRollout]) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,7 +192,7 @@ def _sequences(scored: Sequence[ScoredRollout]) -> tuple[Tensor, Tensor, Tensor]
     return input_ids_BS, attention_mask_BS, torch.cat(hidden_index)
 
 
-def _packed(columns: Sequence[NDArray[np.generic] | None], rollouts: Sequence[Rollout], dtype: torch.dtype) -> Tensor:
+def _packed(columns: Sequence[Column], rollouts: Sequence[Rollout], dtype: torch.dtype) -> Tensor:
     """Joins one array per rollout along positions, after checking that each has one row per response token."""
     arrays = []
     for column, rollout in zip(columns, rollouts, strict=True):

@@ -13,6 +13,10 @@ from pydantic import AfterValidator, Field, model_validator
 
 from opd.settings import Settings
 from opd.types import Encoding
+from services.trainer.alarms.config import AlarmSettings
+from services.trainer.loggers.config import LoggerSettings
+from services.trainer.metrics_config import MetricsSettings
+from services.trainer.objective_checks import check_objective, with_group_size
 from services.trainer.objectives.config import ObjectiveConfig, ObjectiveKind
 from services.trainer.prompts import Overlong
 
@@ -128,7 +132,7 @@ class RolloutSettings(Settings):
     prompts_per_step: PositiveInt = 64
     """Prompts of one optimizer step."""
     rollouts_per_prompt: PositiveInt = 4
-    """Responses sampled for each of them."""
+    """Responses sampled for each of them; with `objective.kind=grpo` the default is 8."""
     temperature: PositiveFloat = 1.0
     """Of sampling; also of the loss unless `objective.student_temperature` says otherwise."""
     top_p: Fraction = 1.0
@@ -254,6 +258,9 @@ class TrainSettings(Settings):
     optim: OptimSettings = Field(default_factory=OptimSettings)
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    metrics: MetricsSettings = Field(default_factory=MetricsSettings)
+    alarms: AlarmSettings = Field(default_factory=AlarmSettings)
+    loggers: LoggerSettings = Field(default_factory=LoggerSettings)
     log: LogSettings = Field(default_factory=LogSettings)
     http: HttpSettings = Field(default_factory=HttpSettings)
     run_dir: Path = Path("runs/train")
@@ -265,22 +272,18 @@ class TrainSettings(Settings):
     deterministic: bool = False
     """The same run again on the same machine: deterministic kernels, and rollouts scored one by one."""
 
+    _group_size = model_validator(mode="before")(with_group_size)
+
     @model_validator(mode="after")
     def _check_across(self) -> Self:
         if not self.data.files:
             raise ValueError("data.files=[]: is empty; give the files that hold the prompts")
         self._check_teachers()
+        check_objective(self)
         if self.steps is not None and self.optim.warmup_steps > self.steps:
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps} is above steps={self.steps}, so the learning rate would "
                 "never be reached; lower it"
-            )
-        scheme = self.teacher.url.partition("://")[0]
-        if self.objective.kind is ObjectiveKind.FULL_VOCABULARY and scheme not in ("grpc", "grpcs"):
-            shown = f"{scheme}://..." if scheme else "(empty)"
-            raise ValueError(
-                f"objective.kind=full_vocabulary with teacher.url={shown}: hidden states "
-                "travel over gRPC alone; set teacher.url to grpc://HOST:PORT"
             )
         if self.evaluation.every_steps and not self.evaluation.files:
             raise ValueError(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from opd.errors import ConfigError
 from services.trainer.config import TrainSettings
-from services.trainer.evaluation.evaluation import EvaluatedModel, run_evaluation
+from services.trainer.evaluation.evaluation import run_evaluation
+from services.trainer.evaluation.sampling import EvaluatedModel
 from services.trainer.models import LoadedModel
 from services.trainer.prompts import PromptView, TokenizedPrompt, load_problems, tokenize_problems
 from services.trainer.rollout.base import RolloutEngine, SamplingParams
@@ -29,11 +30,12 @@ class Evaluator:
         decode: Callable[[Sequence[int]], str],
         log: RunLog,
     ) -> None:
-        """`ConfigError` for a problem without an answer or a known template: better now than after the last step."""
+        """`ConfigError` for a problem that cannot be graded and files of one name: better now than after a step."""
         self._settings = settings
         self._log = log
         self._model = EvaluatedModel(name=loaded.name, fingerprint="", engine=engine, decode=decode)
         view = PromptView(tokenizer=loaded.tokenizer, chat_template_kwargs=settings.data.chat_template_kwargs)
+        _check_names(settings.evaluation.files)
         self._sets = {Path(file).stem: self._prompts(file, view) for file in settings.evaluation.files}
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -63,3 +65,12 @@ class Evaluator:
                     "correct the row or set evaluation.template"
                 )
         return tokenize_problems(problems, view, max_prompt_tokens=2**31)
+
+
+def _check_names(files: Sequence[str]) -> None:
+    names = [Path(file).stem for file in files]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ConfigError(
+            f"evaluation.files: {repeated[0]} is the name of several, so their metrics would be one; rename a file"
+        )

@@ -37,6 +37,8 @@ class StatusSnapshot:
     """At the mean pace so far; None before the first step."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Of the last step."""
+    alarms: tuple[Mapping[str, Any], ...] = ()
+    """Raised and not over: name, step, evidence, numbers, remedy and the paper's section."""
 
 
 class RunStatus:
@@ -67,6 +69,11 @@ class RunStatus:
             eta_s = self._eta_s(step)
             self._snapshot = replace(self._snapshot, step=step, metrics=dict(metrics), eta_s=eta_s)
 
+    def show_alarms(self, alarms: tuple[Mapping[str, Any], ...]) -> None:
+        """Replaces the alarms that are shown."""
+        with self._lock:
+            self._snapshot = replace(self._snapshot, alarms=alarms)
+
     def _eta_s(self, step: int) -> float | None:
         if self._begun is None or step <= self._begun[1]:
             return None
@@ -87,6 +94,10 @@ class _StatusCollector(Collector):
         yield GaugeMetricFamily(
             "opd_trainer_ready", "1 while the loop is at work.", value=float(snapshot.state in READY_STATES)
         )
+        alarms = GaugeMetricFamily("opd_trainer_alarm", "1 for each alarm that is not over.", labels=["name"])
+        for alarm in snapshot.alarms:
+            alarms.add_metric([alarm["name"]], 1.0)
+        yield alarms
         for name, value in sorted(snapshot.metrics.items()):
             yield GaugeMetricFamily(f"opd_trainer_{re.sub(r'[^a-z0-9_]', '_', name.lower())}", name, value=value)
 

@@ -1,8 +1,8 @@
 """On-policy distillation, one step after another: read this file first.
 
-A step samples rollouts from the student as it is, has each scored by the teacher the moment it ends, and takes one
-optimizer step on the divergence at the positions the student visited. The loop knows protocols; `run.py` makes the
-parts.
+A step samples rollouts from the student as it is, has each scored by the teacher the moment it ends (and, where the
+objective learns from outcomes, graded), and takes one optimizer step on the loss at the positions the student visited.
+The loop knows protocols; `run.py` makes the parts.
 
 Invariants: every rollout of a step was sampled by the weights the step changes (strictly on-policy); the loss is the
 mean over all trained positions however they are split; the weights change once per step, after everything that could
@@ -19,15 +19,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from opd.errors import InternalError, NonFiniteError, OpdError
-from opd.types import Ids, Rollout, ScoreReply, rollout_id
+from opd.types import Ids, Rollout, ScoreReply, Scores, rollout_id
 from services.trainer.batch import ScoredRollout, build_batch, micro_batches
 from services.trainer.diagnostics.means import Mean, joined
+from services.trainer.horizon import Horizon
 from services.trainer.loss import DistillLoss
 from services.trainer.objectives.aggregation import denominator
 from services.trainer.objectives.config import Aggregation
+from services.trainer.objectives.outcome import group_advantages
 from services.trainer.rollout.base import RolloutEngine, RolloutRequest, SamplingParams, derive_seed
 from services.trainer.student import Student, StudentOptimizer
-from services.trainer.teachers import TeacherRouter
 from services.trainer.weights import WeightPublisher
 
 _log = logging.getLogger(__name__)
@@ -53,6 +54,22 @@ class StepPrompt(Protocol):
     @property
     def answer(self) -> str | None:
         """The known answer; None when there is none to grade against."""
+        ...
+
+
+class Scorer(Protocol):
+    """Who scores rollouts: `TeacherRouter`, or `NoTeachers`."""
+
+    def pin(self) -> dict[str, str]:
+        """The fingerprint by teacher that every score of the step has to come from."""
+        ...
+
+    def send(self, rollout: Rollout, prompt: StepPrompt) -> Future[ScoreReply]:
+        """Returns at once."""
+        ...
+
+    def accept(self, rollout: Rollout, prompt: StepPrompt, reply: ScoreReply) -> Scores:
+        """The scores of a reply that fits; an `OpdError` for one that does not."""
         ...
 
 
@@ -116,14 +133,17 @@ class TrainingLoop:
         *,
         prompts: PromptSource,
         engine: RolloutEngine,
-        teachers: TeacherRouter,
+        teachers: Scorer,
         student: Student,
         loss: DistillLoss,
         optimizer: StudentOptimizer,
         weights: WeightPublisher,
+        reward: Callable[[Rollout, StepPrompt], float] | None = None,
+        horizon: Horizon | None = None,
         first_step: int = 0,
         interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        """`reward` grades rollouts where the objective learns from outcomes."""
         self.step = first_step
         self.counts = Counts()
         self._settings = settings
@@ -134,6 +154,8 @@ class TrainingLoop:
         self._loss = loss
         self._optimizer = optimizer
         self._weights = weights
+        self._reward = reward
+        self._horizon = horizon
         self._interruptible = interruptible
 
     def run(self, after_step: Callable[[StepRecord], None]) -> None:
@@ -151,15 +173,20 @@ class TrainingLoop:
                 fingerprints = self._teachers.pin()
                 rollouts, replies = self._sample(prompts)
                 clock.lap("rollout")
-                scored = self._collect(prompts, rollouts, replies)
+                # Graded while the teacher is still scoring, by what all of a group have earned.
+                advantages, outcomes = self._judge(prompts, rollouts)
+                clock.lap("grade")
+                scored = self._collect(prompts, rollouts, replies, advantages)
                 clock.lap("score_wait")
-            losses = self._accumulate_gradient(scored)
+            losses = self._accumulate_gradient(scored) | outcomes
             clock.lap("forward_backward")
             grad_norm = self._clip()
         except OpdError as error:
             raise _at_step(self.step + 1, error) from error
         lr = self._optimizer.step(self.step)
         self.step += 1
+        if self._horizon is not None:
+            losses |= self._horizon.observe(scored)
         clock.lap("optimizer")
         self._weights.publish(self.step)
         clock.lap("publish")
@@ -204,8 +231,28 @@ class TrainingLoop:
             for index in range(len(prompts) * per_prompt)
         ]
 
+    def _judge(
+        self, prompts: Sequence[StepPrompt], rollouts: Sequence[Rollout]
+    ) -> tuple[dict[str, float], dict[str, Mean]]:
+        """Each rollout's advantage in its group, which is complete here: also what is not scored has its reward."""
+        if self._reward is None:
+            return {}, {}
+        rewards = [self._reward(rollout, prompts[rollout.group]) for rollout in rollouts]
+        advantages = group_advantages(rewards, [rollout.group for rollout in rollouts])
+        by_id = {rollout.rollout_id: value for rollout, value in zip(rollouts, advantages, strict=True)}
+        mixed = {rollout.group for rollout in rollouts if by_id[rollout.rollout_id]}
+        num_groups = len({rollout.group for rollout in rollouts})
+        return by_id, {
+            "outcome/reward": Mean(total=sum(rewards), count=len(rewards)),
+            "outcome/zero_variance_fraction": Mean(total=num_groups - len(mixed), count=num_groups),
+        }
+
     def _collect(
-        self, prompts: Sequence[StepPrompt], rollouts: Sequence[Rollout], replies: dict[str, Future[ScoreReply]]
+        self,
+        prompts: Sequence[StepPrompt],
+        rollouts: Sequence[Rollout],
+        replies: dict[str, Future[ScoreReply]],
+        advantages: dict[str, float],
     ) -> list[ScoredRollout]:
         """Waits for every reply. What could not be scored ends the step, or is counted and left out."""
         if self._settings.drops_unscored:
@@ -221,7 +268,14 @@ class TrainingLoop:
             except OpdError as error:
                 self._drop(rollout, error)
             else:
-                scored.append(ScoredRollout(rollout=rollout, scores=scores))
+                scored.append(
+                    ScoredRollout(
+                        rollout=rollout,
+                        scores=scores,
+                        supervised_tokens=self._horizon.length if self._horizon else None,
+                        advantage=advantages.get(rollout.rollout_id),
+                    )
+                )
                 self.counts += Counts(scored=1)
         if not scored:
             raise NonFiniteError("no rollout was scored, so there is nothing to train on; see the warnings above")
@@ -236,7 +290,7 @@ class TrainingLoop:
 
     def _accumulate_gradient(self, scored: Sequence[ScoredRollout]) -> dict[str, Mean]:
         """Adds up the gradient of the mean over all positions of the step, one micro-batch at a time."""
-        total = denominator(self._settings.aggregation, [item.num_response_tokens for item in scored])
+        total = denominator(self._settings.aggregation, [item.num_trained_tokens for item in scored])
         self._optimizer.zero_grad()
         parts: list[dict[str, Mean]] = []
         for part in micro_batches(scored, self._settings.max_micro_batch_tokens):

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from opd.errors import ConfigError
 from opd.vocabulary import Vocabulary, describe_vocabulary
+from services.trainer.hub import check_hub, looks_like_a_path
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ def load_model(path_or_name: str, *, device: str = "auto", dtype: str = "float32
 def load_tokenizer(path_or_name: str) -> PreTrainedTokenizerBase:
     """The tokenizer alone; `ConfigError` when there is none or it has no chat template."""
     folder = Path(path_or_name)
+    if not folder.is_dir():
+        _check_name(path_or_name)
     # For want of files the library makes up a tokenizer without a vocabulary.
     if folder.is_dir() and not any((folder / name).is_file() for name in _VOCABULARY_FILES):
         raise ConfigError(
@@ -101,12 +104,10 @@ def weights_fingerprint(model: PreTrainedModel, vocabulary: Vocabulary) -> str:
 
 
 def _check_folder(path_or_name: str) -> None:
-    """Refuses what is meant as a folder and is not a usable one; a hub name has nothing to check here."""
+    """Refuses what is meant as a folder and is not a usable one, and a hub name that nobody can be asked for."""
     folder = Path(path_or_name)
     if not folder.is_dir():
-        looks_like_a_path = folder.is_absolute() or path_or_name.startswith((".", "~")) or path_or_name.count("/") > 1
-        if folder.exists() or looks_like_a_path:
-            raise ConfigError(f"model {path_or_name}: no such folder; give a Hugging Face folder or a hub name")
+        _check_name(path_or_name)
         return
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model {path_or_name}: no config.json; give a folder written by save_pretrained")
@@ -116,6 +117,18 @@ def _check_folder(path_or_name: str) -> None:
         raise ConfigError(f"model {path_or_name}: {found}; save the model as safetensors")
     for shard in shards:
         _check_shard(shard)
+
+
+def _check_name(name: str) -> None:
+    if Path(name).exists() or looks_like_a_path(name):
+        raise ConfigError(f"model {name}: no such folder; give a Hugging Face folder or a hub name")
+    check_hub("model", name, is_cached=_is_cached(name))
+
+
+def _is_cached(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def _weight_files(folder: Path) -> list[Path]:

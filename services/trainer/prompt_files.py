@@ -15,6 +15,7 @@ from services.trainer.prompts import (
     load_problems,
     tokenize_problems,
 )
+from services.trainer.rewards import require_answers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +43,8 @@ def prepare_prompts(settings: TrainSettings, tokenizer: Any) -> PreparedPrompts:
         max_prompt_tokens=rollout.max_prompt_tokens,
         overlong=data.overlong,
     )
+    if settings.objective.uses_outcome:
+        require_answers(prompts)
     schedule = PromptSchedule(
         prompts,
         prompts_per_step=rollout.prompts_per_step,

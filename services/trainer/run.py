@@ -1,8 +1,8 @@
 """The trainer as a process: configuration, signals, exit codes. What a run is made of stands in `assembly.py`.
 
-Exit codes: 0 finished; 1 ended by an error in mid-run; 2 refused before the first step; 130 and 143 ended by SIGINT and
-SIGTERM, resumable. Every fault that is not ours is one line on standard error. Nothing heavy is imported before the
-configuration is accepted.
+Exit codes: 0 finished; 1 ended by an error in mid-run; 2 refused before the first step; 3, 130 and 143 ended by an
+alarm, SIGINT and SIGTERM, resumable. Every fault that is not ours is one line on standard error. Nothing heavy is
+imported before the configuration is accepted.
 """
 
 import logging
@@ -14,12 +14,15 @@ from opd.errors import InternalError, OpdError
 from opd.lifecycle import die_with_parent
 from opd.logs import configure_logging
 from opd.settings import load_settings
+from services.trainer.alarms.desk import StoppedByAlarm
 from services.trainer.config import TrainSettings
+from services.trainer.loggers.config import require_packages
 from services.trainer.stop import StopRequested, StopSignal
 
 _log = logging.getLogger(__name__)
 REFUSED = 2
 FAILED = 1
+ALARMED = 3
 
 
 def run_training(config_path: Path | None, overrides: Sequence[str], *, resume: bool) -> int:
@@ -35,9 +38,10 @@ def run_training(config_path: Path | None, overrides: Sequence[str], *, resume: 
 
 
 def _run(settings: TrainSettings, stop: StopSignal, *, resume: bool) -> int:
-    from services.trainer.assembly import assemble
-
     try:
+        require_packages(settings.loggers)
+        from services.trainer.assembly import assemble
+
         with stop.interruptible():
             run = assemble(settings, stop, resume=resume)
     except OpdError as error:
@@ -51,6 +55,8 @@ def _run(settings: TrainSettings, stop: StopSignal, *, resume: bool) -> int:
         return _refuse(error, FAILED)
     except StopRequested as request:
         return request.exit_code
+    except StoppedByAlarm:
+        return ALARMED
     finally:
         run.close()
     return 0

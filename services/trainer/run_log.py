@@ -42,13 +42,16 @@ class RunLog:
         path = self.run_dir / METRICS_FILE
         return path.is_file() and path.stat().st_size > 0
 
-    def write_step(self, step: int, metrics: Mapping[str, float], arrays: Mapping[str, Sequence[float]]) -> None:
-        """Appends one step, counted from 1; a metric that is not finite is left out, an array's element is null."""
-        scalars = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        columns = {
-            name: [value if math.isfinite(value) else None for value in values] for name, values in arrays.items()
-        }
-        self._append(METRICS_FILE, {"step": step, "time": time.time()} | scalars | columns)
+    def write_step(
+        self, step: int, metrics: Mapping[str, float], arrays: Mapping[str, Sequence[float]]
+    ) -> dict[str, Any]:
+        """Appends one step, counted from 1, and returns the record.
+
+        A metric that is not finite is left out, an array's element is null.
+        """
+        record = _step_record(step, metrics, arrays)
+        self._append(METRICS_FILE, record)
+        return record
 
     def write_event(self, kind: str, **fields: Any) -> None:
         self._append(EVENTS_FILE, {"time": time.time(), "event": kind} | fields)
@@ -91,6 +94,12 @@ class RunLog:
             partial.replace(path)
         except OSError as error:
             raise _refused(path, error) from error
+
+
+def _step_record(step: int, metrics: Mapping[str, float], arrays: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    scalars = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    columns = {name: [value if math.isfinite(value) else None for value in values] for name, values in arrays.items()}
+    return {"step": step, "time": time.time()} | scalars | columns
 
 
 def read_steps(run_dir: Path) -> list[dict[str, Any]]:

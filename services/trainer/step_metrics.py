@@ -5,8 +5,12 @@ objectives can be compared; `loss/objective` is what was differentiated. All but
 sampled.
 """
 
+import dataclasses
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+
+import numpy as np
 
 from services.trainer.batch import ScoredRollout
 from services.trainer.diagnostics import StepDiagnostics, StepSummary
@@ -18,22 +22,51 @@ from services.trainer.objectives.config import SupportWeight
 class StepMetrics:
     """Turns step records into summaries. `decode` gives the text of response ids; without it nothing is graded."""
 
-    def __init__(self, *, weight: SupportWeight, decode: Callable[[Sequence[int]], str] | None) -> None:
+    def __init__(
+        self,
+        *,
+        weight: SupportWeight,
+        decode: Callable[[Sequence[int]], str] | None,
+        fraction: float = 1.0,
+        seed: int = 0,
+        probe: Callable[[StepRecord], dict[str, float]] | None = None,
+    ) -> None:
+        """`fraction` of the rollouts, drawn by `seed` and step, are measured in full; `probe` adds its own metrics."""
         self._weight = weight
         self._decode = decode
+        self._fraction = fraction
+        self._seed = seed
+        self._probe = probe
 
     def summarize(self, record: StepRecord) -> StepSummary:
         """Every metric of the step, means over positions or over rollouts."""
+        begun = time.perf_counter()
         diagnostics = StepDiagnostics(weight=self._weight)
-        for item in record.scored:
+        in_full = self._sample(record)
+        for index, item in enumerate(record.scored):
             prompt = record.prompts[item.rollout.group]
             diagnostics.add_rollout(
-                item.rollout, item.scores, is_correct=self._grade(item, prompt), teacher=prompt.teacher
+                item.rollout,
+                item.scores,
+                is_correct=self._grade(item, prompt),
+                with_costly=index in in_full,
+                teacher=prompt.teacher,
             )
         diagnostics.add_means(record.losses)
         summary = diagnostics.summary()
         values = summary.values | _step_values(record) | _teacher_counts(record)
-        return StepSummary(values=values, by_position=summary.by_position)
+        if self._probe is not None:
+            values |= self._probe(record)
+        values["timing/metrics"] = time.perf_counter() - begun
+        return dataclasses.replace(summary, values=values)
+
+    def _sample(self, record: StepRecord) -> Container[int]:
+        """Indices of the rollouts that are measured in full, at least one; the same again after a resume."""
+        total = len(record.scored)
+        if self._fraction >= 1:
+            return range(total)
+        generator = np.random.default_rng([self._seed, record.step])
+        return set(generator.permutation(total)[: max(1, round(self._fraction * total))].tolist())
 
     def _grade(self, item: ScoredRollout, prompt: StepPrompt) -> bool | None:
         if self._decode is None or prompt.answer is None or not prompt.template:

@@ -7,13 +7,14 @@ exist. Dropout is switched off: the loss is a divergence of the distribution tha
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opd.errors import CheckpointError, ConfigError
-from opd.ops import FullVocabularyScores, OutputHead, full_reverse_kl, support_logprobs
+from opd.errors import CheckpointError, ConfigError, NonFiniteError
+from opd.ops import REVERSE_KL, FullVocabularyScores, OutputHead, StudentScores, full_divergence, student_scores
 from services.trainer.batch import DistillBatch
 from services.trainer.config import OptimSettings
 
@@ -49,18 +50,30 @@ class Student:
         parameter: Tensor = next(self.model.parameters())
         return parameter.device
 
-    def logprobs(self, batch: DistillBatch, ids_TK: Tensor) -> Tensor:
-        """Log-probs [T, K] with gradient at `ids_TK`, at the student temperature, normalised over all defined ids."""
-        return support_logprobs(
+    def scores(
+        self,
+        batch: DistillBatch,
+        ids_TK: Tensor,
+        *,
+        support_ids_TS: Tensor | None = None,
+        wants_entropy: bool = False,
+    ) -> StudentScores:
+        """Log-probs [T, K] with gradient at `ids_TK`, at the student temperature, normalised over all defined ids.
+
+        `support_ids_TS` asks for the mass outside these ids from the same pass.
+        """
+        return student_scores(
             self._response_hidden(batch),
             output_head(self.model),
             ids_TK,
             num_defined_ids=self.num_defined_ids,
+            support_ids_TS=support_ids_TS,
+            wants_entropy=wants_entropy,
             temperature=self.temperature,
             row_chunk=self.row_chunk,
         )
 
-    def full_reverse_kl(
+    def full_divergence(
         self,
         batch: DistillBatch,
         teacher_hidden_TG: Tensor,
@@ -68,9 +81,11 @@ class Student:
         ids_TK: Tensor,
         *,
         teacher_temperature: float = 1.0,
+        beta: float = REVERSE_KL,
+        wants_entropy: bool = False,
     ) -> FullVocabularyScores:
-        """KL(student || teacher) over all defined ids with gradient, and log-probs at `ids_TK` from the same pass."""
-        return full_reverse_kl(
+        """The divergence over all defined ids with gradient, and log-probs at `ids_TK` from the same pass."""
+        return full_divergence(
             self._response_hidden(batch),
             output_head(self.model),
             teacher_hidden_TG,
@@ -79,6 +94,8 @@ class Student:
             num_defined_ids=self.num_defined_ids,
             student_temperature=self.temperature,
             teacher_temperature=teacher_temperature,
+            beta=beta,
+            wants_entropy=wants_entropy,
             row_chunk=self.row_chunk,
         )
 
@@ -87,7 +104,10 @@ class Student:
         # Recomputation of whole layers is tied to training mode in transformers; nothing else differs without dropout.
         self.model.train(self._gradient_checkpointing)
         hidden_BSH = self._hidden(batch.input_ids_BS, batch.attention_mask_BS)
-        return hidden_BSH.flatten(0, 1)[batch.hidden_index_T]
+        hidden_TH = hidden_BSH.flatten(0, 1)[batch.hidden_index_T]
+        if hidden_TH.requires_grad:
+            hidden_TH.register_hook(partial(_refuse_non_finite_gradient, batch))
+        return hidden_TH
 
     def _hidden(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
@@ -112,6 +132,14 @@ class Student:
                 f"student.model: {type(self.model).__name__} computes logits in a way not known here (off by "
                 f"{worst:.2g}); use an architecture with a linear output head"
             )
+
+
+def _refuse_non_finite_gradient(batch: DistillBatch, grad_TH: Tensor) -> None:
+    """Here the positions can still be told apart; in the weights' gradient they are one sum."""
+    finite_T = grad_TH.isfinite().all(dim=1)
+    if not finite_T.all():
+        row = int((~finite_T).nonzero()[0])
+        raise NonFiniteError(f"the gradient at {batch.name_position(row)} is not finite: the step was not applied")
 
 
 def output_head(model: Any) -> OutputHead:

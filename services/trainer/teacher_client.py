@@ -20,6 +20,13 @@ from opd.vocabulary import Vocabulary, check_same_vocabulary
 _log = logging.getLogger(__name__)
 _POLL_S = 1.0
 _MESSAGE_EVERY_S = 15.0
+_METRICS = {
+    Capability.SAMPLED_LOGPROBS: ("rollout/sampled_reverse_kl", "rollout/teacher_reward", "outcome/auroc"),
+    Capability.CANDIDATE_LOGPROBS: ("loss/reverse_kl", "distill/extreme_prob_gap"),
+    Capability.TEACHER_TOP_K: ("distill/overlap_* and distill/mass99_overlap",),
+    Capability.ENTROPY: ("distill/entropy_teacher", "distill/entropy_gap"),
+}
+"""Asked for wherever a teacher supplies it, and what the metrics lack where it does not."""
 
 
 class ScoreClient(Protocol):
@@ -44,11 +51,12 @@ class ScoreWants:
     teacher: str
     """The pool's name."""
     score_top_k: int
+    needs: frozenset[Capability] = frozenset({Capability.CANDIDATE_LOGPROBS})
+    """What the objective trains on: a teacher without it is refused. Hidden states are asked for only where they are
+    needed; everything else is asked for wherever the teacher has it, because the metrics read it."""
     teacher_temperature: float = 1.0
     encoding: Encoding = Encoding.FLOAT32
     batch_invariant: bool = False
-    wants_hidden_states: bool = False
-    """For an objective over the whole vocabulary; over gRPC only."""
     timeout_ms: int = 300_000
     max_context: int = 0
     """Longest prompt plus response the run can produce."""
@@ -63,6 +71,7 @@ class TeacherClient:
         self._vocabulary = vocabulary
         self._student_name = student_name
         self._info: TeacherInfo | None = None
+        self._told: list[Capability] = []
 
     @property
     def info(self) -> TeacherInfo:
@@ -89,7 +98,7 @@ class TeacherClient:
                         "start one with `opd teacher serve` or raise teacher.wait_s"
                     ) from error
                 if now >= next_message:
-                    on_wait(f"waiting for a replica of teacher pool {self._wants.teacher}")
+                    on_wait(f"waiting for a replica of teacher pool {self._wants.teacher} ({error.message})")
                     next_message = now + _MESSAGE_EVERY_S
                 time.sleep(min(_POLL_S, max(0.0, deadline - now)))
 
@@ -106,9 +115,32 @@ class TeacherClient:
             self._accept(current)
         return self.info.fingerprint
 
-    def send(self, rollout: Rollout, teacher_prompt_token_ids: Ids) -> Future[ScoreReply]:
-        """Asks for the teacher's log-probs at the rollout's sampled and support ids, its own top-k and entropy."""
+    def try_scoring(self, rollout_id: str) -> None:
+        """Has one token scored as rollouts will be: what would refuse the first of them refuses this.
+
+        A right that the handshake does not show is asked for by using it, such as the one to hidden states, which a
+        cached output head does without. Raises what the request is refused with.
+        """
+        token = np.zeros(1, np.int32)
         wants = self._wants
+        request = ScoreRequest(
+            rollout_id=rollout_id,
+            tenant=wants.tenant,
+            teacher=wants.teacher,
+            prompt_token_ids=token,
+            response_token_ids=token,
+            wants_hidden_states=Capability.HIDDEN_STATES in wants.needs,
+            timeout_ms=wants.timeout_ms,
+            teacher_fingerprint=self.info.fingerprint,
+        )
+        self._client.submit(request).result()
+
+    def send(self, rollout: Rollout, teacher_prompt_token_ids: Ids) -> Future[ScoreReply]:
+        """Asks for what the objective needs, and for what else the teacher supplies of what the metrics read.
+
+        That is its log-probs at the rollout's sampled and support ids, its own top-k, and entropy.
+        """
+        wants, asked = self._wants, self._asked(self.info)
         return self._client.submit(
             ScoreRequest(
                 rollout_id=rollout.rollout_id,
@@ -116,10 +148,11 @@ class TeacherClient:
                 teacher=wants.teacher,
                 prompt_token_ids=teacher_prompt_token_ids,
                 response_token_ids=rollout.response_token_ids,
-                candidate_token_ids=rollout.topk_token_ids,
-                score_top_k=wants.score_top_k,
-                wants_entropy=Capability.ENTROPY in self.info.capabilities,
-                wants_hidden_states=wants.wants_hidden_states,
+                candidate_token_ids=rollout.topk_token_ids if Capability.CANDIDATE_LOGPROBS in asked else None,
+                score_top_k=wants.score_top_k if Capability.TEACHER_TOP_K in asked else 0,
+                wants_sampled=Capability.SAMPLED_LOGPROBS in asked,
+                wants_entropy=Capability.ENTROPY in asked,
+                wants_hidden_states=Capability.HIDDEN_STATES in asked,
                 teacher_temperature=wants.teacher_temperature,
                 encoding=wants.encoding,
                 batch_invariant=wants.batch_invariant,
@@ -136,15 +169,18 @@ class TeacherClient:
                 f"{self.info.fingerprint}"
             )
         num_positions, num_candidates = rollout.topk_token_ids.shape
-        scores = reply.scores
+        scores, asked = reply.scores, self._asked(self.info)
         columns = {
-            "sampled_logprobs": (scores.sampled_logprobs, (num_positions,)),
-            "candidate_logprobs": (scores.candidate_logprobs, (num_positions, num_candidates)),
-            "topk_logprobs": (scores.topk_logprobs, (num_positions, self._wants.score_top_k)),
+            Capability.SAMPLED_LOGPROBS: ("sampled_logprobs", scores.sampled_logprobs, (num_positions,)),
+            Capability.CANDIDATE_LOGPROBS: (
+                "candidate_logprobs",
+                scores.candidate_logprobs,
+                (num_positions, num_candidates),
+            ),
+            Capability.TEACHER_TOP_K: ("topk_logprobs", scores.topk_logprobs, (num_positions, self._wants.score_top_k)),
+            Capability.HIDDEN_STATES: ("hidden_states", scores.hidden_states, (num_positions, self.info.hidden_size)),
         }
-        if self._wants.wants_hidden_states:
-            columns["hidden_states"] = (scores.hidden_states, (num_positions, self.info.hidden_size))
-        for name, (values, shape) in columns.items():
+        for name, values, shape in (column for capability, column in columns.items() if capability in asked):
             if values is None or values.shape != shape:
                 found = "nothing" if values is None else str(values.shape)
                 raise InternalError(f"rollout {rollout.rollout_id}: teacher {name} are {found} instead of {shape}")
@@ -162,31 +198,44 @@ class TeacherClient:
             )
         self._check_capabilities(info)
         self._check_limits(info)
+        self._tell_what_is_absent(info)
         self._info = info
         return info
 
     def _check_capabilities(self, info: TeacherInfo) -> None:
-        needed = {Capability.SAMPLED_LOGPROBS, Capability.CANDIDATE_LOGPROBS, Capability.TEACHER_TOP_K}
+        needed = set(self._wants.needs)
         if self._wants.teacher_temperature != 1.0:
             needed.add(Capability.TEACHER_TEMPERATURE)
         if self._wants.batch_invariant:
             needed.add(Capability.BATCH_INVARIANT)
-        if self._wants.wants_hidden_states:
-            needed.add(Capability.HIDDEN_STATES)
         missing = sorted(needed - info.capabilities)
         if missing:
             raise UnsupportedError(
                 f"teacher {info.teacher} ({info.engine}) cannot supply {', '.join(missing)}; use a teacher that does "
-                "(engine=transformers; for hidden states hidden_states.enabled=true)"
+                "(engine=transformers; for hidden states hidden_states.enabled=true), or an objective that does without"
             )
 
     def _check_limits(self, info: TeacherInfo) -> None:
-        limits = (
-            ("objective.score_top_k", self._wants.score_top_k, info.max_score_top_k),
-            ("objective.score_top_k", self._wants.score_top_k, info.max_candidates),
-            ("rollout.max_prompt_tokens + max_response_tokens", self._wants.max_context, info.max_context),
-        )
+        asked = self._asked(info)
+        score_top_k = "objective.score_top_k", self._wants.score_top_k
+        limits = [("rollout.max_prompt_tokens + max_response_tokens", self._wants.max_context, info.max_context)]
+        limits += [(*score_top_k, info.max_score_top_k)] if Capability.TEACHER_TOP_K in asked else []
+        limits += [(*score_top_k, info.max_candidates)] if Capability.CANDIDATE_LOGPROBS in asked else []
         for name, wanted, limit in limits:
             # 0 means that the teacher states no limit.
             if limit and wanted > limit:
                 raise UnsupportedError(f"{name}={wanted}: teacher {info.teacher} takes at most {limit}; lower it")
+
+    def _asked(self, info: TeacherInfo) -> frozenset[Capability]:
+        """What every request asks of this teacher."""
+        return self._wants.needs | (info.capabilities & _METRICS.keys())
+
+    def _tell_what_is_absent(self, info: TeacherInfo) -> None:
+        missing = [capability for capability in _METRICS if capability not in info.capabilities]
+        if missing and missing != self._told:
+            absent = ", ".join(name for capability in missing for name in _METRICS[capability])
+            _log.warning(
+                "teacher %s (%s) does not supply %s, so these metrics are absent: %s",
+                *(info.teacher, info.engine, ", ".join(missing), absent),
+            )
+        self._told = missing

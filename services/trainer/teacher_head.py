@@ -1,6 +1,8 @@
 """The output heads of teachers as the trainer computes with them: from disk to the device, once per head.
 
-A pool may move to other weights between two steps, so the head is asked for by the handshake that is pinned now.
+A head that is cached is not asked for again, nor the right to it; what has to be asked at every step is the right to
+hidden states, which `TeacherClient.try_scoring` does before anything is sampled. A pool may move to other weights
+between two steps, so the head is asked for by the handshake that is pinned now.
 """
 
 from collections.abc import Callable

@@ -11,9 +11,10 @@ from opd.client import SyncScoreClient
 from opd.credentials import load_credentials
 from opd.errors import ConfigError
 from opd.settings import read_secret
+from opd.types import Capability
 from opd.vocabulary import Vocabulary
 from services.trainer.config import TeacherSettings, TrainSettings
-from services.trainer.objectives.config import ObjectiveKind
+from services.trainer.objectives.dispatch import build_objective
 from services.trainer.teacher_client import ScoreWants, TeacherClient
 from services.trainer.teachers import TeacherRouter
 from services.trainer.training_run import close_within
@@ -79,10 +80,16 @@ def _wants(settings: TrainSettings, teacher: TeacherSettings) -> ScoreWants:
         tenant=teacher.tenant,
         teacher=teacher.pool,
         score_top_k=settings.objective.score_top_k,
+        needs=_needs(settings),
         teacher_temperature=settings.objective.teacher_temperature,
         encoding=teacher.encoding,
         batch_invariant=settings.deterministic,
-        wants_hidden_states=settings.objective.kind is ObjectiveKind.FULL_VOCABULARY,
         timeout_ms=round(teacher.timeout_s * 1000),
         max_context=settings.rollout.max_prompt_tokens + settings.rollout.max_response_tokens,
     )
+
+
+def _needs(settings: TrainSettings) -> frozenset[Capability]:
+    """What the run cannot do without: what the loss is made of, and what moves the horizon."""
+    needs = build_objective(settings.objective).needs.capabilities
+    return needs | {Capability.TEACHER_TOP_K} if settings.objective.horizon is not None else needs

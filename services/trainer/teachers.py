@@ -37,6 +37,11 @@ class TeacherRouter:
             info = client.shake_hands(wait_s=wait_s, on_wait=on_wait)
             _log.info("teacher %s: %s (%s, %s)", info.teacher, info.model, info.fingerprint, info.engine)
 
+    def try_scoring(self, run: str) -> None:
+        """As `TeacherClient.try_scoring`, of every teacher; ids begin with `run`, which nothing else may begin with."""
+        for index, client in enumerate(self._clients.values()):
+            client.try_scoring(f"{run}.{index}")
+
     def info(self, name: str) -> TeacherInfo:
         """The pinned handshake of one teacher."""
         return self._clients[name].info
@@ -59,3 +64,21 @@ class TeacherRouter:
         except KeyError:
             known = ", ".join(sorted(self._clients))
             raise ConfigError(f"teacher {prompt.teacher!r} of a prompt: is none of {known}; name it there") from None
+
+
+class NoTeachers:
+    """For an objective that learns from outcomes alone: nobody is met, and nothing is said of a rollout."""
+
+    def pin(self) -> dict[str, str]:
+        return {}
+
+    def send(self, rollout: Rollout, prompt: TaughtPrompt) -> Future[ScoreReply]:
+        """Done at once, with no scores in it."""
+        del prompt
+        reply: Future[ScoreReply] = Future()
+        reply.set_result(ScoreReply(rollout_id=rollout.rollout_id, teacher_fingerprint="", scores=Scores()))
+        return reply
+
+    def accept(self, rollout: Rollout, prompt: TaughtPrompt, reply: ScoreReply) -> Scores:
+        del rollout, prompt
+        return reply.scores

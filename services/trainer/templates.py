@@ -20,10 +20,10 @@ _BOXED_TAIL = " Please reason step by step, and put your final answer within \\b
 # Published prompt sets carry this spelling: the braces of a format string that was never formatted.
 _BOXED_TAIL_DOUBLED = " Please reason step by step, and put your final answer within \\boxed{{}}."
 
-_ANSWER_LINE = re.compile(r"\banswer[*_]*[ \t]*:[\s*_]*([^\n]+)", re.IGNORECASE)
-_BOX = "\\boxed{"
+_ANSWER_LINE = re.compile(r"\banswer[*_]*[ \t]*:[\s*_`]*([^\n]+)", re.IGNORECASE)
+_BOX = "\\boxed"
 # An escaped character is matched, and skipped, as a whole, so that an escaped brace opens and closes nothing.
-_BRACE = re.compile(r"\\boxed\{|\\.|[{}]", re.DOTALL)
+_BRACE = re.compile(r"\\boxed\s{0,9}\{|\\.|[{}]", re.DOTALL)
 _MATH_DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 
 
@@ -61,7 +61,7 @@ class Template:
 def extract_answer_line(response: str) -> str | None:
     """What follows the last "Answer:", up to the end of its line; None when nothing does."""
     found = _ANSWER_LINE.findall(response)
-    return unwrap_math(found[-1].strip().rstrip("*_").removesuffix(".")) or None if found else None
+    return unwrap_math(found[-1].strip().rstrip("*_`").removesuffix(".")) or None if found else None
 
 
 def extract_boxed(response: str) -> str | None:
@@ -73,8 +73,10 @@ def extract_boxed(response: str) -> str | None:
             box = opened.pop() if opened else None
             if box is not None and box > start and response[box : token.start()].strip():
                 start, content = box, response[box : token.start()]
-        elif token.group() in ("{", _BOX):
-            opened.append(token.end() if token.group() == _BOX else None)
+        elif token.group().startswith(_BOX):
+            opened.append(token.end())
+        elif token.group() == "{":
+            opened.append(None)
     return None if content is None else unwrap_math(content)
 
 

@@ -1,8 +1,8 @@
 """A run from its first step to its end: what happens after each step, and what is left on disk however it ends.
 
-Order after a step: metrics line, status, checkpoint, evaluation. A run that is stopped, or fails for a reason that has
-nothing to do with its weights, saves the last completed step first, so that `--resume` loses nothing but the step under
-way.
+Order after a step: metrics line, status, other loggers, alarms, checkpoint, evaluation. A run that is stopped, or fails
+for a reason that has nothing to do with its weights, saves the last completed step first, so that `--resume` loses
+nothing but the step under way.
 """
 
 import logging
@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from opd.errors import CheckpointError, NonFiniteError, OpdError
+from services.trainer.alarms.desk import AlarmDesk, StoppedByAlarm
 from services.trainer.config import TrainSettings
 from services.trainer.console import RunConsole
 from services.trainer.http_api import RunStatus
+from services.trainer.loggers.contract import Loggers
 from services.trainer.loop import StepRecord, TrainingLoop
 from services.trainer.run_log import RunLog, first_and_last
 from services.trainer.step_metrics import StepMetrics
@@ -42,6 +44,8 @@ class TrainingRun:
         status: RunStatus,
         console: RunConsole,
         stop: StopSignal,
+        alarms: AlarmDesk,
+        loggers: Loggers,
     ) -> None:
         self._settings = settings
         self._num_steps = num_steps
@@ -53,6 +57,8 @@ class TrainingRun:
         self._status = status
         self._console = console
         self._stop = stop
+        self._alarms = alarms
+        self._loggers = loggers
         self._resources = ExitStack()
         self._first_step = loop.step
         self._saved_step = loop.step
@@ -67,6 +73,10 @@ class TrainingRun:
                 self._train()
         except StopRequested as request:
             self._console.say(f"stopped by {request.signal_name} after step {self._loop.step}; go on with --resume")
+            self._end("stopped")
+            raise
+        except StoppedByAlarm as request:
+            self._console.say(f"stopped by alarm {request.alarm.name} after step {self._loop.step}; see alarms.stop")
             self._end("stopped")
             raise
         except OpdError as error:
@@ -100,9 +110,11 @@ class TrainingRun:
             self._fingerprints = record.fingerprints
             self._log.write_event("teachers", step=record.step, fingerprints=record.fingerprints)
         summary = self._metrics.summarize(record)
-        self._log.write_step(record.step, summary.values, summary.arrays)
+        written = self._log.write_step(record.step, summary.values, summary.arrays)
         self._status.finish_step(record.step, summary.values)
         self._console.finish_step(record.step, self._num_steps, summary.values)
+        self._loggers.log_step(record.step, summary)
+        self._alarms.judge(written)
         every = self._settings.checkpoint.every_steps
         if every and record.step % every == 0:
             self._save()
@@ -126,6 +138,7 @@ class TrainingRun:
         with self._stop.interruptible():
             results = self._evaluate_step(self._loop.step)
         self._log.write_event("evaluation", step=self._loop.step, results=results)
+        self._loggers.log_values(self._loop.step, {f"evaluation/{name}": value for name, value in results.items()})
         self._evaluations.append({"step": self._loop.step} | results)
         found = "  ".join(f"{name} {value:.4f}" for name, value in results.items())
         self._console.say(f"evaluation after step {self._loop.step}: {found}")

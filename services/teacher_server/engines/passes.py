@@ -3,7 +3,7 @@
 A rectangle is as wide as its longest sequence; what the shorter ones leave empty is padding, which costs as much as
 real tokens. Both the area of a rectangle and the share of padding in it are bounded. Siblings are requests with the
 same prompt: it is computed once (or was, before) and only their responses remain, where that saves enough tokens to pay
-for passes of their own.
+for passes of their own. On a CPU several passes may run at the same time; there are then more and smaller ones.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +25,8 @@ class PassLimits:
     max_padding_share: float
     min_saved_tokens: int
     """Siblings leave the common rectangles when that saves so many computed tokens."""
+    num_workers: int = 1
+    """Passes that run at the same time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,37 +34,68 @@ class Siblings:
     """Requests, by index, that continue one prompt."""
 
     key: bytes
-    indices: list[int]
+    rectangles: list[list[int]]
+    """Of similar response lengths."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """Passes over requests by index; together they name each request once."""
 
+    alone: list[int]
+    """`batch_invariant` requests."""
     rectangles: list[list[int]]
     """Prompt and response together."""
     siblings: list[Siblings]
     """Responses alone, after their prompts."""
 
 
+_PASSES_PER_WORKER = 4
+"""Enough that whoever was held up leaves the last ones to the others."""
+_MIN_WORKER_TOKENS = 256
+"""Below this a pass is too small to be worth a thread."""
+
+
+def num_passes_at_once(lengths: Sequence[int], num_threads: int) -> int:
+    """One pass for each thread where sequences divide evenly among them, otherwise 1: all threads share a pass."""
+    share = sum(lengths) / num_threads
+    return num_threads if share >= max(_MIN_WORKER_TOKENS, 2 * max(lengths, default=0)) else 1
+
+
 def plan_passes(
     requests: Sequence[ScoreRequest], limits: PassLimits, is_cached: Callable[[bytes], bool] | None
 ) -> Plan:
     """`is_cached` tells whether a prompt was computed before; None plans without siblings."""
-    alone = [[index] for index, request in enumerate(requests) if request.batch_invariant]
+    alone = [index for index, request in enumerate(requests) if request.batch_invariant]
     groups: dict[bytes, list[int]] = {}
     for index, request in enumerate(requests):
         if not request.batch_invariant:
             groups.setdefault(prompt_key(request.prompt_token_ids), []).append(index)
-    siblings, common = [], []
+    shared: dict[bytes, list[int]] = {}
+    common: list[int] = []
     for key, indices in groups.items():
         if is_cached is not None and _saved_tokens(requests, indices, is_cached(key)) >= limits.min_saved_tokens:
-            siblings.append(Siblings(key=key, indices=indices))
+            shared[key] = indices
         else:
             common += indices
-    lengths = [requests[index].num_tokens for index in common]
-    rectangles = plan_rectangles(lengths, limits.max_tokens, limits.max_padding_share)
-    return Plan(rectangles=alone + [[common[place] for place in places] for places in rectangles], siblings=siblings)
+
+    def rectangles(indices: Sequence[int], length: Callable[[ScoreRequest], int]) -> list[list[int]]:
+        lengths = [length(requests[index]) for index in indices]
+        planned = plan_rectangles(lengths, max_tokens, limits.max_padding_share)
+        return [[indices[place] for place in places] for places in planned]
+
+    num_tokens = sum(requests[index].num_tokens for indices in groups.values() for index in indices)
+    max_tokens = limits.max_tokens
+    if limits.num_workers > 1:
+        max_tokens = min(max_tokens, num_tokens // (limits.num_workers * _PASSES_PER_WORKER))
+    return Plan(
+        alone=alone,
+        rectangles=rectangles(common, lambda request: request.num_tokens),
+        siblings=[
+            Siblings(key=key, rectangles=rectangles(indices, lambda request: request.response_token_ids.size))
+            for key, indices in shared.items()
+        ],
+    )
 
 
 def _saved_tokens(requests: Sequence[ScoreRequest], indices: Sequence[int], is_cached: bool) -> int:

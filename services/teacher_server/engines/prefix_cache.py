@@ -1,10 +1,11 @@
 """Prompts that were computed before: their attention keys and values, kept by the hash of the prompt's ids.
 
 Rollouts of one prompt differ only after it, so whoever meets a prompt again continues from here. Bounded in tokens, the
-least recently used prompt goes first. Called from the engine thread only.
+least recently used prompt goes first. Passes that run at the same time may leave prompts here together.
 """
 
 import hashlib
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -34,6 +35,7 @@ class PrefixCache:
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
         self._kept: OrderedDict[bytes, Prefix] = OrderedDict()
+        self._lock = threading.Lock()
         self.num_tokens = 0
         """Held now."""
 
@@ -42,26 +44,31 @@ class PrefixCache:
 
     def get(self, key: bytes) -> Prefix | None:
         """The prefix, which counts as used; None when it is not there."""
-        prefix = self._kept.get(key)
-        if prefix is not None:
-            self._kept.move_to_end(key)
-        return prefix
+        with self._lock:
+            prefix = self._kept.get(key)
+            if prefix is not None:
+                self._kept.move_to_end(key)
+            return prefix
 
     def put(self, key: bytes, prefix: Prefix) -> None:
         """Keeps a prefix and lets go of the least recently used ones; too long or non-finite ones are not kept."""
         is_finite = bool(prefix.last_hidden_H.isfinite().all())
-        if prefix.num_tokens > self._max_tokens or key in self._kept or not is_finite:
+        if prefix.num_tokens > self._max_tokens or not is_finite:
             return
-        self._kept[key] = prefix
-        self.num_tokens += prefix.num_tokens
-        while self.num_tokens > self._max_tokens:
-            _, dropped = self._kept.popitem(last=False)
-            self.num_tokens -= dropped.num_tokens
+        with self._lock:
+            if key in self._kept:
+                return
+            self._kept[key] = prefix
+            self.num_tokens += prefix.num_tokens
+            while self.num_tokens > self._max_tokens:
+                _, dropped = self._kept.popitem(last=False)
+                self.num_tokens -= dropped.num_tokens
 
     def clear(self) -> None:
         """Lets go of everything."""
-        self._kept.clear()
-        self.num_tokens = 0
+        with self._lock:
+            self._kept.clear()
+            self.num_tokens = 0
 
 
 def prompt_key(prompt_token_ids: NDArray[np.int32]) -> bytes:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,15 @@ from opd.ops import RowStatistics, score_rows
 from opd.types import PAD_ID, Capability, Floats, Ids, ScoreRequest, Scores, SharedHead, TeacherInfo
 from services.teacher_server.engines import model_folder
 from services.teacher_server.engines.base import ForwardObserver, ForwardReport
-from services.teacher_server.engines.passes import PassLimits, Plan, pad_right, plan_passes, plan_rectangles
+from services.teacher_server.engines.pass_workers import PassWorkers
+from services.teacher_server.engines.passes import (
+    PassLimits,
+    Plan,
+    Siblings,
+    num_passes_at_once,
+    pad_right,
+    plan_passes,
+)
 from services.teacher_server.engines.prefix_cache import Prefix, PrefixCache, prompt_key
 from services.teacher_server.engines.shared_head import share_head
 from services.teacher_server.engines.transformers_model import LoadedModel, can_continue, load_model
@@ -42,7 +51,7 @@ class EngineLimits:
     """Tokens of one forward pass, padding included; a longer single request has a pass of its own."""
     max_padding_share: float = 0.1
     row_chunk: int = 256
-    """Rows that go through the output head at a time."""
+    """Rows that go through the output head at a time, in all passes together."""
     max_candidates: int = 256
     max_score_top_k: int = 256
     max_message_bytes: int = 64 << 20
@@ -73,6 +82,7 @@ class TransformersEngine:
         self._observe = observe
         self._prefixes = PrefixCache(limits.prefix_cache_tokens)
         self._shares_prompts = limits.prefix_cache_tokens > 0 and can_continue(model)
+        self._workers = PassWorkers()
         self._shared_head = share_head(model.head) if limits.serves_hidden_states else None
         self._info = _describe(model, teacher=teacher, name=name, fingerprint=fingerprint, limits=limits)
         if self._shared_head is not None:
@@ -84,15 +94,22 @@ class TransformersEngine:
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Scores | OpdError]:
         """Scores in rectangles of similar lengths, siblings after their prompt; `batch_invariant` requests alone."""
-        plan = self._plan(requests)
+        num_workers = self._num_workers(requests)
+        row_chunk = max(1, self._limits.row_chunk // num_workers)
+        plan = self._plan(requests, num_workers)
         outcomes: dict[int, Scores | OpdError] = {}
         with torch.inference_mode():
-            for indices in plan.rectangles:
-                together = [requests[index] for index in indices]
-                outcomes |= dict(zip(indices, self._score_whole(together), strict=True))
-            for siblings in plan.siblings:
-                together = [requests[index] for index in siblings.indices]
-                outcomes |= dict(zip(siblings.indices, self._score_siblings(siblings.key, together), strict=True))
+            for index in plan.alone:
+                outcomes |= self._score_whole(requests, [index], self._limits.row_chunk)
+            prefixes = {siblings.key: self._prefix(siblings, requests) for siblings in plan.siblings}
+            passes = [partial(self._score_whole, requests, indices, row_chunk) for indices in plan.rectangles]
+            passes += [
+                partial(self._score_siblings, requests, indices, row_chunk, prefix=prefixes[siblings.key])
+                for siblings in plan.siblings
+                for indices in siblings.rectangles
+            ]
+            for found in self._workers.run(passes, num_workers):
+                outcomes |= found
         return [outcomes[index] for index in range(len(requests))]
 
     def output_head(self) -> SharedHead:
@@ -106,33 +123,44 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Gives the model's memory back."""
+        self._workers.close()
         self._prefixes.clear()
         del self._model
         self._shared_head = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _plan(self, requests: Sequence[ScoreRequest]) -> Plan:
+    def _num_workers(self, requests: Sequence[ScoreRequest]) -> int:
+        if self._model.device.type != "cpu" or not self._model.runs_in_threads:
+            return 1
+        lengths = [request.num_tokens for request in requests if not request.batch_invariant]
+        return num_passes_at_once(lengths, torch.get_num_threads())
+
+    def _plan(self, requests: Sequence[ScoreRequest], num_workers: int) -> Plan:
         limits = PassLimits(
             max_tokens=self._limits.max_batch_tokens,
             max_padding_share=self._limits.max_padding_share,
             min_saved_tokens=_MIN_SAVED_TOKENS.get(self._model.device.type, 0),
+            num_workers=num_workers,
         )
         return plan_passes(requests, limits, self._prefixes.__contains__ if self._shares_prompts else None)
 
-    def _score_whole(self, requests: Sequence[ScoreRequest]) -> list[Scores | OpdError]:
+    def _score_whole(
+        self, requests: Sequence[ScoreRequest], indices: Sequence[int], row_chunk: int
+    ) -> dict[int, Scores | OpdError]:
         """One rectangle of prompts and responses, whose prompts are kept for siblings that may follow."""
+        together = [requests[index] for index in indices]
         # The last response token predicts nothing that is asked for, so it is never an input.
         sequences = [
             np.concatenate([request.prompt_token_ids, request.response_token_ids[:-1]]).astype(np.int32)
-            for request in requests
+            for request in together
         ]
-        with self._observed(requests, sequences) as ids_BT:
-            hidden_BTH = self._hidden_keeping_prompts(requests, ids_BT)
-            return [
-                self._score_one(request, hidden_TH[request.prompt_token_ids.size - 1 :])
-                for request, hidden_TH in zip(requests, hidden_BTH, strict=True)
-            ]
+        with self._observed(together, sequences) as ids_BT:
+            hidden_BTH = self._hidden_keeping_prompts(together, ids_BT)
+            return {
+                index: self._score_one(request, hidden_TH[request.prompt_token_ids.size - 1 :], row_chunk)
+                for index, request, hidden_TH in zip(indices, together, hidden_BTH, strict=True)
+            }
 
     def _hidden_keeping_prompts(self, requests: Sequence[ScoreRequest], ids_BT: Tensor) -> Tensor:
         if not self._shares_prompts or requests[0].batch_invariant:
@@ -145,25 +173,29 @@ class TransformersEngine:
             self._prefixes.put(new[row], prefix)
         return hidden_BTH
 
-    def _score_siblings(self, key: bytes, requests: Sequence[ScoreRequest]) -> list[Scores | OpdError]:
-        """Responses to one prompt, after it."""
-        prefix = self._prefixes.get(key) or self._compute_prefix(key, requests[0])
-        lengths = [request.response_token_ids.size for request in requests]
-        outcomes: dict[int, Scores | OpdError] = {}
-        for places in plan_rectangles(lengths, self._limits.max_batch_tokens, self._limits.max_padding_share):
-            together = [requests[place] for place in places]
-            sequences = [request.response_token_ids[:-1] for request in together]
-            with self._observed(together, sequences, num_reused_tokens=prefix.num_tokens * len(places)) as ids_BT:
-                hidden_BRH = self._model.hidden_after(prefix, ids_BT)
-                for place, request, hidden_RH in zip(places, together, hidden_BRH, strict=True):
-                    outcomes[place] = self._score_one(request, hidden_RH)
-        return [outcomes[place] for place in range(len(requests))]
+    def _score_siblings(
+        self, requests: Sequence[ScoreRequest], indices: Sequence[int], row_chunk: int, *, prefix: Prefix
+    ) -> dict[int, Scores | OpdError]:
+        """One rectangle of responses to one prompt, after it."""
+        together = [requests[index] for index in indices]
+        sequences = [request.response_token_ids[:-1] for request in together]
+        with self._observed(together, sequences, num_reused_tokens=prefix.num_tokens * len(indices)) as ids_BT:
+            hidden_BRH = self._model.hidden_after(prefix, ids_BT)
+            return {
+                index: self._score_one(request, hidden_RH, row_chunk)
+                for index, request, hidden_RH in zip(indices, together, hidden_BRH, strict=True)
+            }
 
-    def _compute_prefix(self, key: bytes, request: ScoreRequest) -> Prefix:
-        with self._observed([], [request.prompt_token_ids]) as ids_1P:
-            _, prefixes = self._model.hidden_with_prefixes(ids_1P, {0: request.prompt_token_ids.size})
-        self._prefixes.put(key, prefixes[0])
-        return prefixes[0]
+    def _prefix(self, siblings: Siblings, requests: Sequence[ScoreRequest]) -> Prefix:
+        """Of the siblings' prompt, computed where it is not kept."""
+        prefix = self._prefixes.get(siblings.key)
+        if prefix is None:
+            prompt = requests[siblings.rectangles[0][0]].prompt_token_ids
+            with self._observed([], [prompt]) as ids_1P:
+                _, prefixes = self._model.hidden_with_prefixes(ids_1P, {0: prompt.size})
+            prefix = prefixes[0]
+            self._prefixes.put(siblings.key, prefix)
+        return prefix
 
     @contextmanager
     def _observed(
@@ -183,7 +215,7 @@ class TransformersEngine:
                 )
             )
 
-    def _score_one(self, request: ScoreRequest, hidden_RH: Tensor) -> Scores | OpdError:
+    def _score_one(self, request: ScoreRequest, hidden_RH: Tensor, row_chunk: int) -> Scores | OpdError:
         """Of the states from the prompt's last position on; what follows the response's is padding."""
         num_response, device = request.response_token_ids.size, hidden_RH.device
         scored_R = np.ones(num_response, np.bool_) if request.scored_rows is None else request.scored_rows
@@ -199,7 +231,7 @@ class TransformersEngine:
             score_top_k=request.score_top_k,
             temperature=request.teacher_temperature,
             wants_entropy=request.wants_entropy,
-            row_chunk=self._limits.row_chunk,
+            row_chunk=row_chunk,
         )
         finite_S = statistics.finite_T.cpu().numpy()
         if not finite_S.all():

@@ -47,6 +47,8 @@ class LoadedModel:
     device: torch.device
     dtype_name: str
     takes_position_ids: bool
+    runs_in_threads: bool
+    """Whether a forward pass leaves the modules as they were, so that several may run at the same time."""
 
     def hidden(self, ids_BT: Tensor) -> Tensor:
         """Hidden states [B, T, H] after the final norm, of right-padded sequences that all start at position 0."""
@@ -109,6 +111,7 @@ def load_model(folder: Path, *, device: str, dtype: str, max_context: int) -> Lo
         device=torch_device,
         dtype_name=dtype_name,
         takes_position_ids="position_ids" in inspect.signature(model.base_model.forward).parameters,
+        runs_in_threads=not _changes_in_forward(model),
     )
     check_head(folder, model, loaded)
     check_causal(folder, loaded)
@@ -252,6 +255,13 @@ def _check_vocabulary(folder: Path, vocabulary: Vocabulary, head: OutputHead) ->
             f"model={folder}: the tokenizer defines {vocabulary.num_defined_ids} ids and the output head has only "
             f"{head.num_rows} rows; use the tokenizer the model was trained with"
         )
+
+
+def _changes_in_forward(model: nn.Module) -> bool:
+    """Rotary embeddings of these kinds rewrite their frequencies for the sequence at hand."""
+    found = [getattr(module, "rope_type", "") for module in model.modules()]
+    kinds = [kind for entry in found for kind in (entry.values() if isinstance(entry, Mapping) else [entry])]
+    return any("dynamic" in kind or kind == "longrope" for kind in kinds)
 
 
 def _decoder(folder: Path, model: Any) -> nn.Module:

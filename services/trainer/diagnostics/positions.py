@@ -14,6 +14,10 @@ from opd.types import Floats, Ids, Mask, Rollout, Scores
 from services.trainer.diagnostics import overlap as formulas
 from services.trainer.objectives.config import SupportWeight
 
+_MIN_UNIFORM_IDS = 2
+_UNIFORM_NATS = 1e-2
+"""Spread below which log-probs count as equal: float16 near log(1/150,000) has steps of 0.008."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PositionScores:
@@ -86,14 +90,15 @@ def _measured(name: str, values: Floats | None, rows: Mask) -> Floats | None:
 
 
 def position_metrics(
-    scores: PositionScores, weight: SupportWeight = SupportWeight.STUDENT
+    scores: PositionScores, weight: SupportWeight = SupportWeight.STUDENT, *, with_costly: bool = True
 ) -> dict[str, NDArray[np.float64]]:
     """One value per position for every metric that `scores` allows; NaN where it is not defined at that position.
 
     `weight` is w(v) of the objective in `distill/extreme_prob_gap`, whose support is always S_p, so that runs with
-    different supports stay comparable.
+    different supports stay comparable. Costly is whatever compares or sums over the k ids.
     """
-    return {**_entropies(scores), **_overlaps(scores), **_divergences(scores, weight), **_sampled(scores)}
+    cheap = {**_entropies(scores), **_sampled(scores), **_uniform_rows(scores)}
+    return {**cheap, **_overlaps(scores), **_divergences(scores, weight)} if with_costly else cheap
 
 
 def _entropies(scores: PositionScores) -> dict[str, NDArray[np.float64]]:
@@ -144,3 +149,14 @@ def _sampled(scores: PositionScores) -> dict[str, NDArray[np.float64]]:
     if student is None or teacher is None:
         return {}
     return {"rollout/sampled_reverse_kl": student.astype(np.float64) - teacher.astype(np.float64)}
+
+
+def _uniform_rows(scores: PositionScores) -> dict[str, NDArray[np.float64]]:
+    """1 where the teacher spreads evenly over more than twice its k ids: a broken teacher, hardly ever an opinion."""
+    logprobs_Tk = scores.teacher_topk_logprobs_Tk
+    if logprobs_Tk is None or logprobs_Tk.shape[-1] < _MIN_UNIFORM_IDS:
+        return {}
+    wide_Tk = logprobs_Tk.astype(np.float64)
+    top_T, bottom_T = wide_Tk.max(axis=-1), wide_Tk.min(axis=-1)
+    is_uniform_T = (top_T - bottom_T < _UNIFORM_NATS) & (top_T < -np.log(2 * logprobs_Tk.shape[-1]))
+    return {"distill/uniform_teacher_fraction": is_uniform_T.astype(np.float64)}

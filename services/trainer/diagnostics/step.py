@@ -7,7 +7,7 @@ micro-batches. A key is present exactly when something was measured under it.
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ BY_POSITION = (
 BY_TEACHER = ("loss/reverse_kl", "distill/overlap_ratio")
 """Also reported per teacher where a run has several, under `<key>/teacher/<name>`."""
 
+CORRECT_REWARDS, INCORRECT_REWARDS = "outcome/rewards_correct", "outcome/rewards_incorrect"
 POSITION_EDGES_KEY = "distill/position_edges"
 
 
@@ -47,11 +48,13 @@ class StepSummary:
 
     values: dict[str, float]
     by_position: dict[str, BucketMeans]
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    """One number per rollout, in rising order: what a mean does not tell of a distribution (Fig 14)."""
 
     @property
     def arrays(self) -> dict[str, list[float]]:
-        """Flat arrays for metrics.jsonl: `distill/position_edges`, and `<key>/by_position` with its `/count`."""
-        arrays: dict[str, list[float]] = {}
+        """Flat arrays for metrics.jsonl: samples, `distill/position_edges`, `<key>/by_position` with its `/count`."""
+        arrays: dict[str, list[float]] = dict(self.samples)
         for name, buckets in self.by_position.items():
             arrays[POSITION_EDGES_KEY] = [float(edge) for edge in buckets.edges]
             arrays[f"{name}/by_position"] = [mean.value for mean in buckets.means]
@@ -78,19 +81,19 @@ class StepDiagnostics:
         *,
         is_correct: bool | None = None,
         scored_rows: Mask | None = None,
-        wants_positions: bool = True,
+        with_costly: bool = True,
         teacher: str = "",
     ) -> None:
-        """Adds a rollout's own numbers and, unless `wants_positions` is False, those of its positions.
+        """Adds a rollout's own numbers and those of its positions, the costly ones unless `with_costly` is False.
 
         `is_correct` is None where no answer is known; a named `teacher` has its own means beside all. Raises
         `NonFiniteError` for a score that is partly missing.
         """
         scored = positions_of(rollout, scores, scored_rows)
-        if wants_positions:
-            self.add_positions(scored, teacher=teacher)
+        self.add_positions(scored, teacher=teacher, with_costly=with_costly)
         self._add("rollout/response_length", float(rollout.response_token_ids.size))
         self._add("rollout/truncated_fraction", float(rollout.finish_reason is FinishReason.LENGTH))
+        self._add_end(rollout, scored)
         student_T, teacher_T = scored.student_sampled_logprobs_T, scored.teacher_sampled_logprobs_T
         reward = math.nan if student_T is None or teacher_T is None else teacher_reward(student_T, teacher_T)
         if not math.isnan(reward):
@@ -99,10 +102,11 @@ class StepDiagnostics:
             self._add("outcome/accuracy", float(is_correct))
             if not math.isnan(reward):
                 self._judged.append((reward, is_correct))
+                self._add(f"outcome/teacher_reward_{'correct' if is_correct else 'incorrect'}", reward)
 
-    def add_positions(self, scores: PositionScores, *, teacher: str = "") -> None:
+    def add_positions(self, scores: PositionScores, *, teacher: str = "", with_costly: bool = True) -> None:
         """Adds packed positions of any rollouts that have the teacher in common."""
-        for name, values_T in position_metrics(scores, self._weight).items():
+        for name, values_T in position_metrics(scores, self._weight, with_costly=with_costly).items():
             self._add_position_metric(name, values_T, scores.positions_T)
             if teacher and name in BY_TEACHER:
                 self._means[f"{name}/teacher/{teacher}"].append(mean_of(values_T[~np.isnan(values_T)]))
@@ -120,7 +124,23 @@ class StepDiagnostics:
         if area is not None:
             values["outcome/auroc"] = area
         buckets = {name: joined_buckets(parts) for name, parts in sorted(self._buckets.items())}
-        return StepSummary(values=values, by_position=buckets)
+        return StepSummary(values=values, by_position=buckets, samples=self._rewards())
+
+    def _rewards(self) -> dict[str, list[float]]:
+        by_class = {
+            name: sorted(reward for reward, is_correct in self._judged if is_correct is wanted)
+            for name, wanted in ((CORRECT_REWARDS, True), (INCORRECT_REWARDS, False))
+        }
+        return {name: rewards for name, rewards in by_class.items() if rewards}
+
+    def _add_end(self, rollout: Rollout, scored: PositionScores) -> None:
+        """Both models' log-probs of the EOS that was sampled: far apart when they end their responses differently."""
+        student_T, teacher_T = scored.student_sampled_logprobs_T, scored.teacher_sampled_logprobs_T
+        has_end = scored.positions_T.size and scored.positions_T[-1] == rollout.response_token_ids.size - 1
+        if rollout.finish_reason is not FinishReason.STOP or not has_end or student_T is None or teacher_T is None:
+            return
+        self._add("rollout/eos_logprob_student", float(student_T[-1]))
+        self._add("rollout/eos_logprob_teacher", float(teacher_T[-1]))
 
     def _add(self, name: str, value: float) -> None:
         self._means[name].append(Mean(total=value, count=1.0))

@@ -1,23 +1,24 @@
 """What `opd eval MODEL... --data FILE` does: every model on every set, a table, and JSON where it is asked for."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from opd.errors import ConfigError
 from services.trainer.evaluation.estimates import gap_recovery
-from services.trainer.evaluation.evaluation import PAPER_NUM_SAMPLES, PAPER_SAMPLING, EvaluatedModel, run_evaluation
-from services.trainer.evaluation.results import EvaluationResult, recovery_json, recovery_line, results_tables
-from services.trainer.models import LoadedModel, load_model
-from services.trainer.prompts import PromptProblem, PromptView, load_problems, tokenize_problems
+from services.trainer.evaluation.evaluation import run_evaluation
+from services.trainer.evaluation.opening import Loading, labels, open_model, open_problems
+from services.trainer.evaluation.results import EvaluationResult, as_plain_json, recovery_line, results_tables
+from services.trainer.evaluation.sampling import PAPER_NUM_SAMPLES, PAPER_SAMPLING
+from services.trainer.prompts import PromptProblem
 from services.trainer.rollout.base import SamplingParams
-from services.trainer.rollout.transformers_engine import TransformersEngine
+
+Results = Mapping[tuple[str, str], EvaluationResult]
 
 
 def evaluate_command(
@@ -27,6 +28,7 @@ def evaluate_command(
     sampling: SamplingParams = PAPER_SAMPLING,
     num_samples: int = PAPER_NUM_SAMPLES,
     template: str | None = None,
+    split: str = "train",
     chat_template_kwargs: Mapping[str, Any] | None = None,
     max_problems: int | None = None,
     before: str | None = None,
@@ -38,97 +40,66 @@ def evaluate_command(
     output: Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Evaluates each model on each set, prints a table to `console`, returns (and writes to `output`) the JSON result.
+    """Evaluates each model on each set, prints tables to `console`, returns (and writes to `output`) the JSON result.
 
-    With `before` and `teacher`, both of them among `model_paths`, every other model's gap recovery is reported.
-    `dtype` `auto` is bfloat16 on CUDA and float32 elsewhere. Raises `ConfigError`, before sampling where it can.
+    With `before` and `teacher`, which are evaluated too, every other model's gap recovery is reported. Raises
+    `ConfigError`, before sampling where it can.
     """
-    _check_roles(model_paths, before, teacher)
-    transformers_logging.disable_progress_bar()
-    problems = {name: load_problems(name, template=template)[:max_problems] for name in data}
+    paths = _all_models(model_paths, before, teacher)
+    sets = open_problems(data, template=template, split=split, max_problems=max_problems)
+    loading = Loading(
+        device=device, dtype=dtype, max_slots=max_slots, chat_template_kwargs=chat_template_kwargs or {}
+    )  # fmt: skip
     results: dict[tuple[str, str], EvaluationResult] = {}
-    for path in model_paths:
-        loaded = load_model(path, device=device, dtype=_dtype(dtype, device))
-        for name, rows in problems.items():
-            results[path, name] = _evaluate(
-                loaded,
-                rows,
-                name,
-                PromptView(tokenizer=loaded.tokenizer, chat_template_kwargs=chat_template_kwargs or {}),
-                sampling=sampling,
-                num_samples=num_samples,
-                max_slots=max_slots,
-                cache_folder=cache_folder,
-                console=console,
-            )
-    report = _report(results, before, teacher, console)
+    for (key, path), label in zip(paths.items(), labels(list(paths.values())), strict=True):
+        found = _evaluate(path, label, sets, loading, sampling, num_samples, cache_folder, console)
+        results |= {(key, name): result for name, result in found.items()}
+    report = _report(results, before and os.path.normpath(before), teacher and os.path.normpath(teacher), console)
     if output is not None:
-        _write(output, report)
+        write_json(output, report)
     return report
 
 
-def _check_roles(model_paths: Sequence[str], before: str | None, teacher: str | None) -> None:
+def _all_models(model_paths: Sequence[str], before: str | None, teacher: str | None) -> dict[str, str]:
+    """Every model once, by normal form; where they are not among those named, `before` first and the teacher last."""
     if not model_paths:
         raise ConfigError("no model to evaluate; give one or more folders or hub names")
     if (before is None) != (teacher is None):
         raise ConfigError("before and teacher belong together: gap recovery needs both; give both or neither")
-    for role, path in (("before", before), ("teacher", teacher)):
-        if path is not None and path not in model_paths:
-            raise ConfigError(f"{role}: {path} is not among the evaluated models; add it to them")
-
-
-def _dtype(dtype: str, device: str) -> str:
-    if dtype != "auto":
-        return dtype
-    is_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    return "bfloat16" if is_cuda else "float32"
+    named = {os.path.normpath(path): path for path in model_paths}
+    first = {} if before is None else {os.path.normpath(before): before}
+    last = {} if teacher is None else {os.path.normpath(teacher): teacher}
+    return named if first.keys() | last.keys() <= named.keys() else first | named | last
 
 
 def _evaluate(
-    loaded: LoadedModel,
-    problems: Sequence[PromptProblem],
-    data: str,
-    view: PromptView,
-    *,
+    path: str,
+    label: str,
+    sets: Mapping[str, Sequence[PromptProblem]],
+    loading: Loading,
     sampling: SamplingParams,
     num_samples: int,
-    max_slots: int,
     cache_folder: Path | None,
     console: Console | None,
-) -> EvaluationResult:
-    engine = TransformersEngine(
-        loaded.model,
-        eos_token_ids=loaded.eos_token_ids,
-        num_defined_ids=loaded.num_defined_ids,
-        score_top_k=None,
-        max_slots=max_slots,
-    )
-    # No limit of its own: a prompt that does not fit the context is reported by the evaluation.
-    prompts = tokenize_problems(problems, view, max_prompt_tokens=2**31)
-    model = EvaluatedModel(
-        name=loaded.name,
-        fingerprint=loaded.fingerprint,
-        engine=engine,
-        decode=lambda token_ids: loaded.tokenizer.decode(token_ids, skip_special_tokens=True),
-    )
-    return run_evaluation(
-        model,
-        prompts,
-        data=Path(data).stem if Path(data).is_file() else data,
-        sampling=sampling,
-        num_samples=num_samples,
-        cache_folder=cache_folder,
-        console=console,
-    )
+) -> dict[str, EvaluationResult]:
+    """One model on every set; it is given up again before the next is loaded."""
+    opened = open_model(path, loading, label=label)
+    return {
+        name: run_evaluation(
+            opened.evaluated,
+            opened.tokenize(problems),
+            data=name,
+            sampling=sampling,
+            num_samples=num_samples,
+            cache_folder=cache_folder,
+            console=console,
+        )
+        for name, problems in sets.items()
+    }
 
 
-def _report(
-    results: Mapping[tuple[str, str], EvaluationResult],
-    before: str | None,
-    teacher: str | None,
-    console: Console | None,
-) -> dict[str, Any]:
-    """The JSON result; the table and one line per gap recovery go to the console."""
+def _report(results: Results, before: str | None, teacher: str | None, console: Console | None) -> dict[str, Any]:
+    """The JSON result; the tables and one line per gap recovery go to the console."""
     if console is not None:
         for table in results_tables(list(results.values())):
             console.print(table)
@@ -141,13 +112,14 @@ def _report(
             continue
         columns = (results[before, data], result, results[teacher, data])
         recovery = gap_recovery(*(np.array(column.accuracy_by_problem) for column in columns))
-        report["gap_recovery"].append({"model": result.model, "data": result.data, **recovery_json(recovery)})
+        report["gap_recovery"].append({"model": result.model, "data": result.data, **as_plain_json(recovery)})
         if console is not None:
             console.print(recovery_line(result.model, result.data, recovery))
     return report
 
 
-def _write(output: Path, report: Mapping[str, Any]) -> None:
+def write_json(output: Path, report: Mapping[str, Any]) -> None:
+    """Writes a report, its folder included; `ConfigError` where that cannot be."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

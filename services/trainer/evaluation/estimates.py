@@ -1,9 +1,10 @@
 """Estimates from graded samples, each with an interval over problems.
 
-Legend: P problems, N samples a problem. The unit of chance is the problem: samples of one problem say little about the
-next, so intervals resample problems (percentile bootstrap, seeded) and never single samples.
+Legend: P problems, N samples a problem, C columns, R rollouts, B resamples. The unit of chance is the problem: samples
+of one problem say little about the next, so intervals resample problems (percentile bootstrap, seeded), never samples.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import comb
 
@@ -40,9 +41,32 @@ class GapRecovery:
 
 def mean_over_problems(values_P: Values, *, seed: int = 0) -> Estimate:
     """The mean with its interval; with one problem the interval is the value."""
-    means = _resampled_means(values_P[:, None], seed)[:, 0]
-    low, high = np.quantile(means, _tails())
-    return Estimate(value=float(values_P.mean()), low=float(low), high=float(high))
+    return means_over_problems(values_P[:, None], seed=seed)[0]
+
+
+def means_over_problems(values_PC: Values, *, seed: int = 0) -> list[Estimate]:
+    """The mean of every column with its interval, all from the same resamples."""
+    bounds_2C = np.quantile(_resampled_means(values_PC, seed), tails(), axis=0)
+    return [
+        Estimate(value=float(value), low=float(low), high=float(high))
+        for value, low, high in zip(values_PC.mean(axis=0), *bounds_2C, strict=True)
+    ]
+
+
+def means_over_rollouts(values_RC: Values, problem_R: Sequence[int], *, seed: int = 0) -> list[Estimate]:
+    """The mean of every column over all rollouts, with an interval that resamples whole problems.
+
+    Problems may have different numbers of rollouts: each resample's mean is over the rollouts it drew.
+    """
+    _, place_R = np.unique(np.asarray(problem_R), return_inverse=True)
+    sums_PC = np.zeros((int(place_R.max()) + 1, values_RC.shape[1] + 1))
+    np.add.at(sums_PC, place_R, np.concatenate([values_RC, np.ones((len(values_RC), 1))], axis=1))
+    means_BC = _resampled_means(sums_PC, seed)
+    bounds_2C = np.quantile(means_BC[:, :-1] / means_BC[:, -1:], tails(), axis=0)
+    return [
+        Estimate(value=float(value), low=float(low), high=float(high))
+        for value, low, high in zip(values_RC.mean(axis=0), *bounds_2C, strict=True)
+    ]
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -66,25 +90,33 @@ def gap_recovery(before_P: Values, after_P: Values, teacher_P: Values, *, seed: 
         return GapRecovery(estimate=None, gap=gap, gap_standard_error=standard_error)
     unbounded = np.where(gains == 0, 0.0, np.copysign(np.inf, gains))
     ratios = np.where(gaps > 0, gains / np.where(gaps > 0, gaps, 1.0), unbounded)
-    low, high = np.quantile(ratios, _tails(), method="inverted_cdf")
+    low, high = np.quantile(ratios, tails(), method="inverted_cdf")
     value = float((after_P - before_P).mean()) / gap
     estimate = Estimate(value=value, low=float(low), high=float(high))
     return GapRecovery(estimate=estimate, gap=gap, gap_standard_error=standard_error)
 
 
+def resampled_counts(num_problems: int, seed: int) -> Values:
+    """How often each problem is drawn, [NUM_RESAMPLES, P]; the resamples of every estimate of this module."""
+    counts = [
+        np.apply_along_axis(np.bincount, 1, drawn, minlength=num_problems) for drawn in _draws(num_problems, seed)
+    ]
+    return np.concatenate(counts).astype(np.float64)
+
+
+def tails() -> tuple[float, float]:
+    """The quantiles that bound an interval."""
+    return (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2
+
+
 def _resampled_means(columns_PC: Values, seed: int) -> Values:
     """Column means of resampled problems, [NUM_RESAMPLES, C]; the same seed and P give the same resamples."""
-    num_problems = columns_PC.shape[0]
+    return np.concatenate([columns_PC[drawn].mean(axis=1) for drawn in _draws(columns_PC.shape[0], seed)])
+
+
+def _draws(num_problems: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Problems drawn with replacement, [.., P], in chunks that bound the memory."""
     generator = np.random.default_rng([seed, num_problems])
     chunk = max(1, _MAX_CHUNK_INDICES // num_problems)
-    means = [
-        columns_PC[generator.integers(num_problems, size=(min(chunk, NUM_RESAMPLES - start), num_problems))].mean(
-            axis=1
-        )
-        for start in range(0, NUM_RESAMPLES, chunk)
-    ]
-    return np.concatenate(means)
-
-
-def _tails() -> tuple[float, float]:
-    return (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2
+    for start in range(0, NUM_RESAMPLES, chunk):
+        yield generator.integers(num_problems, size=(min(chunk, NUM_RESAMPLES - start), num_problems))

@@ -13,7 +13,9 @@ from services.trainer.evaluation.symbolic import comparer
 from services.trainer.templates import get_template, unwrap_math
 
 MAX_ANSWER_CHARS = 1000
-_PLAIN_NUMBER = re.compile(r"[+-]?(\d{1,3}((,|\{,\})\d{3})+|\d+)(\.\d+)?", re.ASCII)
+# Between groups of three digits: a comma, a space of TeX's, or both. A comma and a plain space separate a list.
+_SEPARATOR = r"(?:,|\{,\}|(?:,|\{,\})?(?:\\[,;:! ]|~) ?| )"
+_PLAIN_NUMBER = re.compile(rf"[+-]?(\d{{1,3}}({_SEPARATOR}\d{{3}})+|\d+)(\.\d+)?", re.ASCII)
 # Computer algebra compares decimals to 6 places and 15 digits, so beyond these the fast path has no opinion.
 _MAX_EXACT_DIGITS = 15
 
@@ -44,7 +46,7 @@ def _compare_numbers(extracted: str, answer: str) -> bool | None:
     """The exact verdict on two plain numbers; None when one is not plain or rounding could decide."""
     if not (_PLAIN_NUMBER.fullmatch(extracted) and _PLAIN_NUMBER.fullmatch(answer)):
         return None
-    numbers = [Decimal(re.sub(r"[{},]", "", text)) for text in (extracted, answer)]
+    numbers = [Decimal(re.sub(_SEPARATOR, "", text)) for text in (extracted, answer)]
     if numbers[0] == numbers[1]:
         return True
     is_integral = all(number == number.to_integral_value() for number in numbers)

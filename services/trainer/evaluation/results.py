@@ -1,11 +1,11 @@
 """What an evaluation finds: graded samples and their summary, as records, as JSON and as a table.
 
-avg@n is the mean over problems of the share of right samples. Shares of samples (truncated, without an answer in the
-template's form) are over all samples.
+avg@n is the mean over problems of the share of right samples. Every number is a mean over problems and has an interval
+that resamples problems.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from services.trainer.evaluation.estimates import Estimate, GapRecovery, mean_over_problems, pass_at_k
+from services.trainer.evaluation.estimates import Estimate, GapRecovery, means_over_problems, pass_at_k
+
+_MAX_PASS_COLUMNS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,14 +42,16 @@ class Summary:
     """Per problem."""
     accuracy: Estimate
     """avg@n."""
-    pass_at_k: dict[int, float]
-    solve_all: float
+    pass_at_k: dict[int, Estimate]
+    """Chance that one of k samples is right, by the unbiased estimator; k = 1, 2, 4, ... up to n."""
+    solve_all: Estimate
     """Share of problems of which every sample is right."""
-    solve_none: float
-    truncated: float
-    format_errors: float
+    solve_none: Estimate
+    truncated: Estimate
+    """Share of samples cut off by the length limit."""
+    format_errors: Estimate
     """Share of samples without an answer in the template's form."""
-    mean_tokens: float
+    mean_tokens: Estimate
     """Of a response."""
 
 
@@ -67,9 +71,7 @@ class EvaluationResult:
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values; what is not finite becomes null."""
-        plain = _plain(asdict(self))
-        assert isinstance(plain, dict)
-        return plain
+        return as_plain_json(self)
 
 
 def summarize(samples_by_problem: Sequence[Sequence[GradedSample]], *, seed: int = 0) -> Summary:
@@ -77,23 +79,36 @@ def summarize(samples_by_problem: Sequence[Sequence[GradedSample]], *, seed: int
     num_samples = len(samples_by_problem[0])
     if any(len(samples) != num_samples for samples in samples_by_problem):
         raise ValueError("problems have different numbers of samples")
-    samples = [sample for problem in samples_by_problem for sample in problem]
-    correct_P = np.array([sum(sample.is_correct for sample in problem) for problem in samples_by_problem])
+    ks = _powers_of_two(num_samples)
+    columns = np.array([_problem_values(samples, ks) for samples in samples_by_problem], np.float64)
+    accuracy, solve_all, solve_none, truncated, format_errors, mean_tokens, *passes = means_over_problems(
+        columns, seed=seed
+    )
     return Summary(
         num_problems=len(samples_by_problem),
         num_samples=num_samples,
-        accuracy=mean_over_problems(correct_P / num_samples, seed=seed),
-        pass_at_k={k: _mean_pass_at_k(num_samples, correct_P.tolist(), k) for k in _powers_of_two(num_samples)},
-        solve_all=float((correct_P == num_samples).mean()),
-        solve_none=float((correct_P == 0).mean()),
-        truncated=float(np.mean([sample.is_truncated for sample in samples])),
-        format_errors=float(np.mean([sample.extracted is None for sample in samples])),
-        mean_tokens=float(np.mean([sample.num_tokens for sample in samples])),
+        accuracy=accuracy,
+        pass_at_k=dict(zip(ks, passes, strict=True)),
+        solve_all=solve_all,
+        solve_none=solve_none,
+        truncated=truncated,
+        format_errors=format_errors,
+        mean_tokens=mean_tokens,
     )
 
 
-def _mean_pass_at_k(num_samples: int, correct: Sequence[int], k: int) -> float:
-    return math.fsum(pass_at_k(num_samples, count, k) for count in correct) / len(correct)
+def _problem_values(samples: Sequence[GradedSample], ks: Sequence[int]) -> list[float]:
+    """One problem's part in every number of a summary, in the order `summarize` unpacks them."""
+    num_samples, num_correct = len(samples), sum(sample.is_correct for sample in samples)
+    return [
+        num_correct / num_samples,
+        float(num_correct == num_samples),
+        float(num_correct == 0),
+        sum(sample.is_truncated for sample in samples) / num_samples,
+        sum(sample.extracted is None for sample in samples) / num_samples,
+        sum(sample.num_tokens for sample in samples) / num_samples,
+        *(pass_at_k(num_samples, num_correct, k) for k in ks),
+    ]
 
 
 def _powers_of_two(num_samples: int) -> list[int]:
@@ -101,42 +116,66 @@ def _powers_of_two(num_samples: int) -> list[int]:
 
 
 def results_tables(results: Sequence[EvaluationResult]) -> list[Table]:
-    """One table a model, one line a set, parts of a set below it; fits a terminal of 80 columns."""
-    models = dict.fromkeys(result.model for result in results)
-    return [_table(model, [result for result in results if result.model == model]) for model in models]
+    """Two tables a model, one line a set, parts of a set below it; each fits a terminal of 80 columns."""
+    by_model: dict[str, list[EvaluationResult]] = {}
+    for result in results:
+        by_model.setdefault(result.model, []).append(result)
+    return [build(model, found) for model, found in by_model.items() for build in (_table, _pass_table)]
+
+
+def plain_table(title: str, first: str, others: Sequence[str]) -> Table:
+    """An empty table of a name and numbers."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(first, overflow="ellipsis", no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def percent_range(estimate: Estimate) -> str:
+    """Its interval. Example: `41-75` for 0.41 to 0.75."""
+    return f"{100 * estimate.low:.0f}-{100 * estimate.high:.0f}"
 
 
 def _table(model: str, results: Sequence[EvaluationResult]) -> Table:
     total = results[0].total
-    table = Table(title=model, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("set")
     samples, most = f"avg@{total.num_samples}", f"pass@{max(total.pass_at_k)}"
-    for name in ("n", samples, "95 %", most, "all", "none", "cut off", "no form", "tokens"):
-        table.add_column(name, justify="right")
+    table = plain_table(model, "set", ("n", samples, "95 %", most, "all", "none", "cut off", "no form", "tokens"))
+    for name, summary in _lines(results):
+        shares = (summary.solve_all, summary.solve_none, summary.truncated, summary.format_errors)
+        table.add_row(
+            name,
+            str(summary.num_problems),
+            f"{summary.accuracy.value:.1%}",
+            percent_range(summary.accuracy),
+            f"{summary.pass_at_k[max(summary.pass_at_k)].value:.1%}",
+            *(f"{share.value:.0%}" for share in shares),
+            f"{summary.mean_tokens.value:.0f}",
+        )
+    return table
+
+
+def _pass_table(model: str, results: Sequence[EvaluationResult]) -> Table:
+    """As many k as fit, beginning with the smallest and ending with the largest."""
+    ks = list(results[0].total.pass_at_k)
+    ks = [*ks[: _MAX_PASS_COLUMNS - 1], ks[-1]] if len(ks) > _MAX_PASS_COLUMNS else ks
+    table = plain_table("", "chance in %", [f"pass@{k}" for k in ks])
+    for name, summary in _lines(results):
+        chances = [summary.pass_at_k[k] for k in ks]
+        table.add_row(name, *(f"{100 * chance.value:.0f} {percent_range(chance)}" for chance in chances))
+    return table
+
+
+def _lines(results: Sequence[EvaluationResult]) -> Iterator[tuple[str, Summary]]:
+    """Every set by name, followed by its parts, indented."""
     for result in results:
-        _add_line(table, result.data, result.total)
+        yield result.data, result.total
         by_level = {f"level {name}": summary for name, summary in result.by_level.items()}
         # A set whose sources are its levels says everything once.
         is_same = list(result.by_source.values()) == list(by_level.values())
         for parts in (result.by_source, {} if is_same else by_level):
             if len(parts) > 1:
-                for name, summary in parts.items():
-                    _add_line(table, f"  {name.rpartition('/')[2]}", summary)
-    return table
-
-
-def _add_line(table: Table, name: str, summary: Summary) -> None:
-    accuracy = summary.accuracy
-    shares = (summary.solve_all, summary.solve_none, summary.truncated, summary.format_errors)
-    table.add_row(
-        name,
-        str(summary.num_problems),
-        f"{accuracy.value:.1%}",
-        f"{100 * accuracy.low:.0f}-{100 * accuracy.high:.0f}",
-        f"{max(summary.pass_at_k.items())[1]:.1%}",
-        *(f"{share:.0%}" for share in shares),
-        f"{summary.mean_tokens:.0f}",
-    )
+                yield from ((f"  {name.rpartition('/')[2]}", summary) for name, summary in parts.items())
 
 
 def recovery_line(model: str, data: str, recovery: GapRecovery) -> str:
@@ -148,8 +187,9 @@ def recovery_line(model: str, data: str, recovery: GapRecovery) -> str:
     return f"{model} on {data}: gap recovery {estimate.value:.1%}, {estimate.low:.1%} to {estimate.high:.1%} ({gap})"
 
 
-def recovery_json(recovery: GapRecovery) -> dict[str, Any]:
-    plain = _plain(asdict(recovery))
+def as_plain_json(record: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON values; what is not finite becomes null."""
+    plain = _plain(asdict(record))
     assert isinstance(plain, dict)
     return plain
 

@@ -15,7 +15,10 @@ from torch import Tensor
 from services.trainer.diagnostics.means import Mean
 from services.trainer.objectives.checks import require_finite
 from services.trainer.objectives.config import Aggregation
-from services.trainer.objectives.contract import LossInputs, LossOutput
+from services.trainer.objectives.contract import LossInputs, LossOutput, Needs
+
+Counted = tuple[Tensor, Tensor]
+"""A metric's sum and the number of positions it is over."""
 
 
 def denominator(aggregation: Aggregation, positions_per_rollout: Sequence[int]) -> int:
@@ -32,24 +35,30 @@ class Reduction:
     aggregation: Aggregation = Aggregation.TOKEN_MEAN
     staleness_cap: float | None = None
 
-    def __call__(self, loss_T: Tensor, inputs: LossInputs, sums: Mapping[str, Tensor]) -> LossOutput:
-        """Weights and sums `loss_T`, which is finite at invalid positions too; `sums` are metrics over valid ones."""
+    @property
+    def needs(self) -> Needs:
+        return Needs(sampled=self.staleness_cap is not None)
+
+    def __call__(self, loss_T: Tensor, inputs: LossInputs, counted: Mapping[str, Counted]) -> LossOutput:
+        """Weights and sums `loss_T`, which is finite at invalid positions too."""
         valid_T = inputs.valid_T
-        sums = dict(sums)
+        num_valid = valid_T.sum()
+        counted = dict(counted)
         if self.staleness_cap is not None:
             weight_T = staleness_weights(inputs, self.staleness_cap)
             loss_T = loss_T * weight_T
-            sums["loss/staleness_weight"] = weight_T.sum()
-            sums["loss/staleness_capped_fraction"] = (weight_T >= self.staleness_cap).sum()
+            counted["loss/staleness_weight"] = weight_T.sum(), num_valid
+            counted["loss/staleness_capped_fraction"] = (weight_T >= self.staleness_cap).sum(), num_valid
         loss_T = loss_T.masked_fill(~valid_T, 0.0)
-        require_finite("the loss", loss_T, valid_T)
+        require_finite("the loss", loss_T, valid_T, inputs)
         weight_T = self._position_weights(inputs, loss_T)
         loss_sum = (loss_T * weight_T).sum()
+        counted["loss/objective"] = loss_sum.detach(), weight_T.sum()
         return LossOutput(
             loss_sum=loss_sum,
             position_loss_T=loss_T.detach().masked_fill(~valid_T, torch.nan),
-            num_positions=int(valid_T.sum()),
-            metrics=_means(loss_sum.detach(), weight_T.sum(), valid_T.sum(), sums),
+            num_positions=int(num_valid),
+            metrics=_means(counted),
         )
 
     def _position_weights(self, inputs: LossInputs, loss_T: Tensor) -> Tensor:
@@ -67,19 +76,17 @@ def staleness_weights(inputs: LossInputs, cap: float) -> Tensor:
     """
     valid_T = inputs.valid_T
     learner_T, rollout_T = inputs.require("student_sampled_logprobs_T").detach(), inputs.require("rollout_logprobs_T")
-    require_finite("student log-prob of the sampled token", learner_T, valid_T)
-    require_finite("rollout log-prob of the sampled token", rollout_T, valid_T)
+    require_finite("student log-prob of the sampled token", learner_T, valid_T, inputs)
+    require_finite("rollout log-prob of the sampled token", rollout_T, valid_T, inputs)
     log_ratio_T = learner_T - rollout_T
     # Compared as logarithms, because exp of a large difference would be infinite before it is capped.
     capped_T = log_ratio_T >= math.log(cap)
     return log_ratio_T.masked_fill(capped_T, 0.0).exp().masked_fill(capped_T, cap).masked_fill(~valid_T, 0.0)
 
 
-def _means(loss_sum: Tensor, weight_sum: Tensor, num_valid: Tensor, sums: Mapping[str, Tensor]) -> dict[str, Mean]:
-    """Reads all sums from the device at once."""
-    names = list(sums)
-    totals = torch.stack([tensor.double() for tensor in (loss_sum, weight_sum, num_valid, *sums.values())]).tolist()
-    metrics = {"loss/objective": Mean(total=totals[0], count=totals[1])}
-    for name, total in zip(names, totals[3:], strict=True):
-        metrics[name] = Mean(total=total, count=totals[2])
-    return metrics
+def _means(counted: Mapping[str, Counted]) -> dict[str, Mean]:
+    """Reads all sums and counts from the device at once."""
+    flat = torch.stack([number.double() for pair in counted.values() for number in pair]).tolist()
+    return {
+        name: Mean(total=total, count=count) for name, total, count in zip(counted, flat[::2], flat[1::2], strict=True)
+    }

@@ -1,43 +1,33 @@
-"""Distillation over the whole vocabulary (eq 4): the reverse KL itself, with its exact gradient.
+"""Distillation over the whole vocabulary (eq 4): the divergence itself, with its exact gradient.
 
-T positions. The divergence is summed where the logits are, a chunk of rows at a time (`opd.ops.full_reverse_kl`), so
-nothing of the size of the vocabulary gets here; what is left is validity, staleness and the sum.
+T positions. The divergence is summed where the logits are, a chunk of rows at a time (`opd.ops.full_divergence`), so
+nothing of the size of the vocabulary gets here; what is left is validity.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from services.trainer.objectives.aggregation import Reduction
 from services.trainer.objectives.checks import require_finite
-from services.trainer.objectives.contract import LossInputs, LossOutput
+from services.trainer.objectives.config import ObjectiveConfig
+from services.trainer.objectives.contract import LossInputs, Needs, PositionLosses
+
+
+def build(config: ObjectiveConfig) -> "FullVocabulary":
+    del config
+    return FullVocabulary()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FullVocabularyObjective:
-    """KL(p || q) over all defined ids. Gradient with respect to a logit: p (log p / q - KL)."""
+class FullVocabulary:
+    """The divergence over all defined ids; reverse KL has the gradient p (log p / q - KL) with respect to a logit.
 
-    reduction: Reduction = field(default_factory=Reduction)
-
-    @property
-    def needs_student_ids(self) -> bool:
-        return False
+    The other forms and their gradients stand at `opd.ops.row_divergence`.
+    """
 
     @property
-    def needs_teacher_ids(self) -> bool:
-        return False
+    def needs(self) -> Needs:
+        return Needs(full_vocabulary=True)
 
-    @property
-    def needs_teacher_top_k(self) -> bool:
-        return False
-
-    @property
-    def needs_sampled(self) -> bool:
-        return self.reduction.staleness_cap is not None
-
-    @property
-    def needs_full_vocabulary(self) -> bool:
-        return True
-
-    def __call__(self, inputs: LossInputs) -> LossOutput:
-        kl_T = inputs.require("full_reverse_kl_T")
-        require_finite("reverse KL over the vocabulary", kl_T, inputs.valid_T)
-        return self.reduction(kl_T.masked_fill(~inputs.valid_T, 0.0), inputs, {})
+    def __call__(self, inputs: LossInputs) -> PositionLosses:
+        divergence_T = inputs.require("full_divergence_T")
+        require_finite("divergence over the vocabulary", divergence_T, inputs.valid_T, inputs)
+        return PositionLosses(loss_T=divergence_T.masked_fill(~inputs.valid_T, 0.0))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from opd.errors import ConfigError
+from services.trainer.hub import check_hub, looks_like_a_path
 from services.trainer.templates import get_template, recognize
 
 logger = logging.getLogger(__name__)
@@ -95,8 +96,9 @@ def _rows(data: str, split: str) -> Rows:
         if not path.is_file():
             raise ConfigError(f"data {data}: no such file; give a .parquet or .jsonl file or a data set name")
         return _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
-    if path.exists() or path.is_absolute() or data.startswith("."):
-        raise ConfigError(f"data {data}: not a prompt set; give a .parquet or .jsonl file or a data set name")
+    if path.exists() or looks_like_a_path(data):
+        found = "not a prompt set" if path.exists() else "no such file"
+        raise ConfigError(f"data {data}: {found}; give a .parquet or .jsonl file or a data set name")
     return _dataset_rows(data, split)
 
 
@@ -126,6 +128,8 @@ def _jsonl_rows(path: Path) -> Rows:
 def _dataset_rows(name: str, split: str) -> Rows:
     import datasets
 
+    is_cached = (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()
+    check_hub("data", name, is_cached=is_cached or Path(name).is_dir())
     try:
         loaded = datasets.load_dataset(name, split=split)
     except Exception as error:  # The library raises many kinds, from a missing split to no network.

@@ -1,19 +1,21 @@
-"""A run as the report sees it: series over steps, arrays by position, and the scalars of its summary.
+"""A run as the report sees it: series over steps, arrays by position, alarms, and the scalars of its summary.
 
 `metrics.jsonl` has one object per step; only finite numbers make a series. A step that was taken twice, because a run
-was resumed, counts with its later record. A last line without its end is a step that was never finished.
+was resumed, counts with its later record, and alarms and evaluations that a resumed run went back behind are as if
+they had never been. A last line without its end is a step that was never finished.
 """
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from opd.errors import ConfigError
 
 METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
 SUMMARY_FILES = ("train_summary.json", "summary.json")
 
 Record: TypeAlias = dict[str, Any]
@@ -36,15 +38,33 @@ class Series:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RunAlarm:
+    """An alarm that was raised while the run trained."""
+
+    number: int
+    """Its name on the figures, counted over all runs of a report."""
+    step: int
+    name: str
+    evidence: str
+    remedy: str
+    section: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """One run folder, its records in step order."""
 
     name: str
     records: list[Record]
     summary: Record
+    alarms: list[RunAlarm] = field(default_factory=list)
+    evaluations: dict[str, Series] = field(default_factory=dict)
+    """By `evaluation/<what was measured>`, such as `evaluation/accuracy/heldout`."""
 
     def series(self, key: str) -> Series | None:
-        """The finite numbers under `key`; None if there is not one."""
+        """The finite numbers under `key`, a metric's or an evaluation's; None if there is not one."""
+        if key in self.evaluations:
+            return self.evaluations[key]
         found = [(record["step"], record[key]) for record in self.records if _is_number(record.get(key))]
         if not found:
             return None
@@ -65,25 +85,67 @@ def read_runs(run_dirs: Sequence[Path]) -> list[Run]:
     if not run_dirs:
         raise ConfigError("no run to report on: name at least one run folder")
     names = [folder.resolve().name for folder in run_dirs]
-    runs = []
+    runs: list[Run] = []
     for folder, name in zip(run_dirs, names, strict=True):
         if names.count(name) > 1:
             name = f"{folder.resolve().parent.name}/{name}"
-        runs.append(Run(name=name, records=_read_records(folder / METRICS_FILE), summary=_read_summary(folder)))
+        events = _lasting_events(folder / EVENTS_FILE)
+        run = Run(
+            name=name,
+            records=_read_records(folder / METRICS_FILE),
+            summary=_read_summary(folder),
+            alarms=_alarms(events, first_number=1 + sum(len(run.alarms) for run in runs)),
+            evaluations=_evaluations(events),
+        )
+        runs.append(run)
     return runs
 
 
-def _read_records(path: Path) -> list[Record]:
-    lines = _text_of(path).split("\n")
-    by_step: dict[int, Record] = {}
+def _lines(path: Path) -> Iterator[tuple[Record, str]]:
+    """Every whole line as an object, and where it stands."""
     # What follows the last line end is empty, or a record that was being written when the process ended.
-    for number, line in enumerate(lines[:-1], start=1):
-        if not line.strip():
-            continue
-        record = _parsed(line, f"{path}:{number}")
+    for number, line in enumerate(_text_of(path).split("\n")[:-1], start=1):
+        if line.strip():
+            yield _parsed(line, f"{path}:{number}"), f"{path}:{number}"
+
+
+def _lasting_events(path: Path) -> list[Record]:
+    """Events without those beyond the step that a later resume went back to; none where there is no such file."""
+    lasting: list[Record] = []
+    for event, _ in _lines(path) if path.is_file() else ():
+        if event.get("event") == "resume":
+            lasting = [earlier for earlier in lasting if earlier.get("step", 0) <= event["step"]]
+        lasting.append(event)
+    return lasting
+
+
+def _alarms(events: Sequence[Record], *, first_number: int) -> list[RunAlarm]:
+    raised = [event for event in events if event.get("event") == "alarm"]
+    texts = ("name", "evidence", "remedy", "section")
+    return [
+        RunAlarm(number=number, step=int(event["step"]), **{text: str(event.get(text, "")) for text in texts})
+        for number, event in enumerate(raised, start=first_number)
+    ]
+
+
+def _evaluations(events: Sequence[Record]) -> dict[str, Series]:
+    by_name: dict[str, dict[int, float]] = {}
+    for event in events:
+        if event.get("event") == "evaluation":
+            for name, value in event["results"].items():
+                by_name.setdefault(f"evaluation/{name}", {})[int(event["step"])] = float(value)
+    return {
+        name: Series(steps=sorted(values), values=[values[step] for step in sorted(values)])
+        for name, values in by_name.items()
+    }
+
+
+def _read_records(path: Path) -> list[Record]:
+    by_step: dict[int, Record] = {}
+    for record, where in _lines(path):
         step = record.get("step")
         if not isinstance(step, int) or isinstance(step, bool):
-            raise ConfigError(f'{path}:{number}: "step" is {step!r}, not a whole number; repair or remove the line')
+            raise ConfigError(f'{where}: "step" is {step!r}, not a whole number; repair or remove the line')
         by_step[step] = record
     if not by_step:
         raise ConfigError(f"{path}: has no finished step yet; let the run take one")

@@ -147,7 +147,9 @@ def test_parts_of_different_replies_are_not_mixed() -> None:
 
 
 def test_a_refusal_in_the_stream_is_raised_as_itself() -> None:
-    refusal = pb.ScoreStreamResponse(reply=messages.error_to_proto("run.1.2", OverCapacityError("full")))
+    refusal = pb.ScoreStreamResponse(
+        reply=pb.ScoreReply(rollout_id="run.1.2", error=pb.Error(code="over_capacity", message="full"))
+    )
     with pytest.raises(OverCapacityError, match="full"):
         assembled(a_request(), [refusal])
 

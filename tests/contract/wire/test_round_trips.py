@@ -142,8 +142,11 @@ def test_an_unknown_capability_is_left_out() -> None:
 
 @pytest.mark.parametrize("error", [OverCapacityError("full", retry_after_s=1.5), DeadLetterError("gave up")])
 def test_errors_travel_as_themselves(error: OpdError) -> None:
+    delay_ms = round(1000 * (error.retry_after_s or 0))
+    refusal = pb.Error(code=error.code, message=error.message, retryable=error.retryable, retry_after_ms=delay_ms)
+    body = pb.ScoreReply(rollout_id="run.0.0", error=refusal).SerializeToString()
     with pytest.raises(type(error)) as caught:
-        messages.decode_reply(messages.encode_error("run.0.0", error), its_request())
+        messages.decode_reply(body, its_request())
     assert (caught.value.message, caught.value.retry_after_s) == (error.message, error.retry_after_s)
 
 

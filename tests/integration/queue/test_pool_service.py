@@ -23,6 +23,7 @@ from services.teacher_server.pool import (
     requeue_dead_letter,
     serve_pool,
 )
+from services.teacher_server.queue_access import QueueAccess
 
 REQUEST = ScoreRequest(
     rollout_id="r.0.0",
@@ -125,15 +126,16 @@ async def test_a_port_in_use_is_a_users_fault(redis_url: str, service: Service) 
 
 
 async def test_dead_letters_can_be_listed_shown_and_put_back(redis_url: str) -> None:
+    access = QueueAccess(redis_url=redis_url)
     await bury_one(redis_url)
-    (letter,) = await asyncio.to_thread(dead_letters, redis_url, "qwen")
+    (letter,) = await asyncio.to_thread(dead_letters, access, "qwen")
     assert (letter.tenant, letter.rollout_id, letter.num_tokens, letter.num_deliveries) == ("math", "r.0.0", 3, 1)
     assert letter.last_replica == "victim"
-    shown, request = await asyncio.to_thread(dead_letter, redis_url, "qwen", "math", letter.dead_id)
+    shown, request = await asyncio.to_thread(dead_letter, access, "qwen", "math", letter.dead_id)
     assert shown == letter
     assert request.prompt_token_ids.tolist() == [5, 9]
-    await asyncio.to_thread(requeue_dead_letter, redis_url, "qwen", "math", letter.dead_id)
-    assert await asyncio.to_thread(dead_letters, redis_url, "qwen") == []
+    await asyncio.to_thread(requeue_dead_letter, access, "qwen", "math", letter.dead_id)
+    assert await asyncio.to_thread(dead_letters, access, "qwen") == []
     consumer = await ScoreConsumer.connect(redis_url, pool="qwen", name="mended")
     (delivery,) = await consumer.take(token_budget=10)
     assert (delivery.rollout_id, delivery.delivery_count) == ("r.0.0", 1)
@@ -143,25 +145,27 @@ async def test_dead_letters_can_be_listed_shown_and_put_back(redis_url: str) -> 
 
 @pytest.mark.parametrize("act", [dead_letter, requeue_dead_letter])
 async def test_a_dead_letter_that_is_not_there_is_named(redis_url: str, act: Any) -> None:
+    access = QueueAccess(redis_url=redis_url)
     with pytest.raises(InvalidRequestError, match="dead letter 1-0 of tenant math in pool qwen: not there"):
-        await asyncio.to_thread(act, redis_url, "qwen", "math", "1-0")
+        await asyncio.to_thread(act, access, "qwen", "math", "1-0")
 
 
 async def test_promoting_moves_the_name(redis_url: str) -> None:
+    access = QueueAccess(redis_url=redis_url)
     consumer = await ScoreConsumer.connect(redis_url, pool="qwen@00ff", name="one")
     with pytest.raises(TeacherUnavailableError, match=r"teacher=qwen@00ff: no replica ever announced itself"):
-        await asyncio.to_thread(promote, redis_url, "qwen", "qwen@00ff", is_forced=True)
+        await asyncio.to_thread(promote, access, "qwen", "qwen@00ff", is_forced=True)
     await consumer.publish_info(b"handshake")
     with pytest.raises(TeacherUnavailableError, match=r"^pool=qwen@00ff: has no live replica.*--force"):
-        await asyncio.to_thread(promote, redis_url, "qwen", "qwen@00ff")
-    assert await asyncio.to_thread(promote, redis_url, "qwen", "qwen@00ff", is_forced=True) is None
+        await asyncio.to_thread(promote, access, "qwen", "qwen@00ff")
+    assert await asyncio.to_thread(promote, access, "qwen", "qwen@00ff", is_forced=True) is None
     await consumer.announce(b"handshake")
-    assert await asyncio.to_thread(promote, redis_url, "qwen", "qwen@00ff") == "qwen@00ff"
+    assert await asyncio.to_thread(promote, access, "qwen", "qwen@00ff") == "qwen@00ff"
     await consumer.close()
     with pytest.raises(InvalidRequestError, match=r"^name=qwen@00ff: is a pool, not a teacher's name"):
-        await asyncio.to_thread(promote, redis_url, "qwen@00ff", "qwen@00ff")
+        await asyncio.to_thread(promote, access, "qwen@00ff", "qwen@00ff")
     with pytest.raises(InvalidRequestError, match=r"^pool=qwen@00ff: is of another teacher than best"):
-        await asyncio.to_thread(promote, redis_url, "best", "qwen@00ff")
+        await asyncio.to_thread(promote, access, "best", "qwen@00ff")
 
 
 def test_configuration_faults_are_named() -> None:

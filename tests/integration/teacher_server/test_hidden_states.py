@@ -16,9 +16,11 @@ import pytest
 import torch
 
 from opd.client import ScoreClient
+from opd.credentials import Credentials
 from opd.errors import TeacherUnavailableError, UnsupportedError
 from opd.ops import full_logprobs
 from opd.types import ScoreReply, ScoreRequest
+from services.teacher_server.tenants_file import add_tenant
 from services.trainer.run_log import read_steps
 from services.trainer.teacher_head import load_output_head
 from tests.integration.teacher_server.conftest import ROOT, StartTeacher, TeacherProcess
@@ -207,3 +209,24 @@ async def test_a_trainer_is_told_at_once_that_the_teacher_does_not_serve_them(
     done = await asyncio.to_thread(train, tmp_path, model, port, steps=1)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "teacher tiny (transformers) cannot supply hidden_states" in done.stderr.splitlines()[-1]
+
+
+async def test_a_right_that_is_missing_is_found_out_before_anything_is_sampled(
+    start_teacher: StartTeacher, tmp_path: Path
+) -> None:
+    """The head lies in the cache already, so that the right to it is never asked for."""
+    model = save_tiny_teacher(tmp_path / "teacher", seed=2)
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}w2")
+    tenants, token = tmp_path / "tenants.toml", tmp_path / "token"
+    token.write_text("t2")
+    add_tenant(tenants, "math", "t1", weight=1.0, max_inflight_tokens=None, hidden_states=True)
+    add_tenant(tenants, "code", "t2", weight=1.0, max_inflight_tokens=None, hidden_states=False)
+    teacher = start_teacher(f"model={model}", f"tenants_file={tenants}", *ENABLED)
+    port = (await asyncio.to_thread(teacher.wait_ready))["grpc_port"]
+    async with client_of(port, credentials=Credentials(token="t1")) as client:
+        await client.output_head(tmp_path / "heads")
+    settings = {"steps": 1, "teacher.tenant": "code", "teacher.token_file": token}
+    done = await asyncio.to_thread(train, tmp_path, model, port, **settings)
+    assert done.returncode == 2, done.stderr
+    assert "hidden states" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert not (tmp_path / "run/metrics.jsonl").exists()

@@ -55,7 +55,13 @@ class Replica:
             replica=name,
             linger_s=0.0,
         )
-        self.intake = QueueIntake(config, url, self.scoring, readiness=self.readiness, replica=name)
+        self.intake = QueueIntake(
+            config,
+            QueueConnection(url, patience_s=config.queue.patience_s),
+            self.scoring,
+            readiness=self.readiness,
+            replica=name,
+        )
         self.readiness.clear(Part.START)
         self.tasks: list[asyncio.Task[None]] = []
 

@@ -1,7 +1,7 @@
 import asyncio
 import time
 
-from opd.metrics import OTHER_TENANTS, TeacherMetrics, TrainerMetrics, watch_loop_lag
+from opd.metrics import OTHER_TENANTS, TeacherMetrics, watch_loop_lag
 
 
 def test_two_replicas_in_one_process_do_not_share_numbers() -> None:
@@ -34,15 +34,6 @@ def test_only_known_tenants_are_told_apart_once_they_are_known() -> None:
     metrics.know_tenants(["math"])
     text = metrics.render().decode()
     assert "code" not in text.split("opd_teacher_errors")[0] and 'tenant="math"} 20.0' in text
-
-
-def test_a_trainer_shows_the_latest_step_only() -> None:
-    metrics = TrainerMetrics()
-    metrics.publish(1, {"loss/reverse_kl": 0.5, "outcome/accuracy": 0.25})
-    metrics.publish(2, {"loss/reverse_kl": 0.4})
-    text = metrics.render().decode()
-    assert 'opd_trainer_metric{name="loss/reverse_kl"} 0.4' in text and "opd_trainer_step 2.0" in text
-    assert "accuracy" not in text
 
 
 async def test_blocking_code_shows_up_as_lag() -> None:

@@ -45,6 +45,11 @@ def test_file_then_overrides(tmp_path: Path) -> None:
         (["name=a", "optim.lr.x=1", "optim.lr=2", "optim.lr.y=1"], r"lr is a value, not a section"),
         (["name"], r"override 'name': has no value"),
         (["name=short", "optim.warmup_steps=11"], r"^optim.warmup_steps=11: a short run has 10 steps; lower it$"),
+        (["name=a", "tags=x"], r"^tags='x': is no list; write tags=\[\"x\"\]$"),
+        (["name=a", "tags=x, y"], r"write tags=\[\"x\", \"y\"\]$"),
+        (["name=a", "tags=3"], r"^tags=3: is no list; write tags=\[3\]$"),
+        (["name=a", "tags=['x', 3]"], r"^tags.1=3: input should be a valid string$"),
+        (["name=a", "optim=3"], r"^optim=3: is no section; write optim.KEY=VALUE$"),
         (["name=a", "teacher.lrr=1"], r"teacher.lrr: no such key; did you mean lr\?"),
     ],
 )

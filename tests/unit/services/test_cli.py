@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[3]
 COMMANDS = (
     [], ["demo"], ["teacher"], ["teacher", "serve"], ["pool"], ["pool", "serve"], ["pool", "promote"], ["pool", "dead"],
     ["pool", "dead", "list"], ["pool", "dead", "show"], ["pool", "status"], ["redis"], ["tenants"], ["tenants", "add"],
-    ["train"], ["eval"], ["score"], ["report"],
+    ["train"], ["eval"], ["continuation"], ["auroc"], ["score"], ["report"],
 )  # fmt: skip
 
 
@@ -59,6 +59,9 @@ def test_help_answers_at_once() -> None:
         (["demo", "--teacher", "nobody", "--run-dir", "runs/never"], "teacher=nobody: is not bundled"),
         (["eval", "/nowhere", "--data", "testbed/data/heldout.jsonl"], "/nowhere"),
         (["eval", "testbed/models/student-base", "--data", "no.jsonl"], "data no.jsonl: no such file"),
+        (["eval", "testbed/models/student-base", "--data", "testbed/data/none"], "testbed/data/none: no such file"),
+        (["auroc", "--student", "no/such/model", "--teacher", "t", "--data", "no.jsonl"], "no.jsonl: no such file"),
+        (["continuation", "--student", "s", "--teacher", "t", "--data", "d", "--depths", "1,x"], "--depths 1,x"),
         (["report", "/nowhere"], "/nowhere"),
         (["score", "hi", "there", "--url", "http://x", "--tokenizer", "testbed/models/student-base"], "url=http://x"),
         (["score", "hi", "--url", "grpc://h:1"], "RESPONSE: is missing"),

@@ -11,8 +11,9 @@ from services.pool_view import SpeedGauge, render
 
 def status(**changes: object) -> PoolStatus:
     values: dict[str, object] = {
-        "pool": "qwen@00ff", "backlog_tokens": 0, "backlog_entries": 0, "leased_entries": 0, "oldest_age_s": 0.0,
-        "dead_letters": 0, "replicas": (), "totals": {}, "used_memory_bytes": 1, "max_memory_bytes": 0, "tenants": (),
+        "pool": "qwen@00ff", "is_known": True, "backlog_tokens": 0, "backlog_entries": 0, "leased_entries": 0,
+        "oldest_age_s": 0.0, "dead_letters": 0, "replicas": (), "totals": {}, "used_memory_bytes": 1,
+        "max_memory_bytes": 0, "tenants": (),
     }  # fmt: skip
     return PoolStatus(**(values | changes))  # type: ignore[arg-type]
 
@@ -55,3 +56,9 @@ def test_replicas_and_tenants_are_told() -> None:
 @pytest.mark.parametrize(("entries", "told"), [(0, "no live replica\n"), (3, "no live replica: requests wait\n")])
 def test_a_pool_at_zero(entries: int, told: str) -> None:
     assert told in drawn(status(backlog_entries=entries)).replace(" \n", "\n")
+
+
+def test_a_name_that_nobody_ever_used_is_told_from_an_idle_pool() -> None:
+    text = drawn(status(is_known=False))
+    assert "qwen -> qwen@00ff   no such pool: nobody ever served or asked it; correct the name" in text
+    assert "replica" not in text and "no such pool" not in drawn(status())

@@ -1,8 +1,10 @@
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis import Redis
+from redis.exceptions import RedisError
 from typer.testing import CliRunner
 
 from opd.errors import ConfigError, InvalidRequestError, OpdError
@@ -124,3 +126,41 @@ def test_the_token_is_the_password_of_a_running_redis_until_its_tenant_leaves(tm
     with Redis.from_url(redis_url) as admin:
         assert admin.acl_users() == ["default", "math"]
         admin.acl_deluser("math")
+
+
+ADMIN_PASSWORD = "the operator's own password"
+
+
+@pytest.fixture
+def admin_url(make_redis: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An operator with no more rights than it needs, at an address that does not look like this machine."""
+    server = make_redis(over_tcp=True)
+    with Redis.from_url(server.url) as redis:
+        redis.execute_command("ACL", "SETUSER", "admin", "on", f">{ADMIN_PASSWORD}", "+acl", "+info")
+    monkeypatch.setenv("OPD_REDIS_PASSWORD", ADMIN_PASSWORD)
+    return "redis://admin@127.1:" + str(server.url).rpartition(":")[2]
+
+
+def test_another_user_than_the_default_one_sets_the_users(tmp_path: Path, admin_url: str) -> None:
+    file = tmp_path / "tenants.toml"
+    token = run("add", "math", "-f", str(file))
+    acl = ("acl", "-f", str(file), "--teacher", "qwen", "--apply", "--redis-url", admin_url)
+    with pytest.raises(ConfigError, match=r"clear text to 127\.1; .*--trust-network"):
+        run(*acl)
+    assert "1 users set, removed: none" in run(*acl, "--trust-network")
+    with Redis.from_url(admin_url.replace("admin@", f"math:{token}@")) as redis:
+        assert redis.get(PoolKeys("qwen").info) is None
+    assert "2 users set" in run(*acl, "--trust-network", "--close-default")
+    with Redis.from_url(admin_url.replace("admin@", "")) as redis, pytest.raises(RedisError):
+        redis.ping()
+    run("remove", "math", "-f", str(file))
+    assert "removed: math" in run(*acl, "--trust-network")
+
+
+def test_whoever_sets_the_users_is_not_among_them(tmp_path: Path, admin_url: str) -> None:
+    file = tmp_path / "tenants.toml"
+    run("add", "admin", "-f", str(file))
+    acl = ("acl", "-f", str(file), "--teacher", "qwen", "--apply", "--redis-url", admin_url, "--trust-network")
+    for more in ([], ["--close-default"]):
+        with pytest.raises(ConfigError, match=r"^admin: is the user that does this"):
+            run(*acl, *more)

@@ -1,6 +1,7 @@
 """Tokens, rights and TLS as callers meet them: a real gRPC server, a real HTTP server, a fake engine."""
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -43,7 +44,7 @@ from services.teacher_server.readiness import Part, Readiness
 from services.teacher_server.scoring import ScoringSlot, TeacherScoring
 from services.teacher_server.tenant_registry import TenantRegistry
 from services.teacher_server.tenants_file import add_tenant, remove_tenant
-from tests.certificates import Authority
+from tests.certificates import Authority, Pair
 from tests.unit.teacher_server.fake_engine import FakeEngine
 from tests.unit.teacher_server.tiny_teachers import make_request
 
@@ -202,7 +203,6 @@ async def test_tls_and_mutual_tls(tmp_path: Path) -> None:
     async with serving(tmp_path / "tls", grpc_tls=TlsSettings(**pair)) as service:
         assert await can_score(service, ca_file=ours.ca_file)
         assert not await can_score(service, ca_file=theirs.ca_file)
-        assert not await can_score(service)
     mutual = TlsSettings(**pair, client_ca_file=ours.ca_file)
     async with serving(tmp_path / "mtls", grpc_tls=mutual) as service:
         mine = {"cert_file": client_pair.cert_file, "key_file": client_pair.key_file}
@@ -223,8 +223,6 @@ async def test_http_over_tls_with_tokens(tmp_path: Path) -> None:
     pair = authority.issue("server")
     http = HttpSettings(tls=TlsSettings(cert_file=pair.cert_file, key_file=pair.key_file))
     async with serving(tmp_path, http=http) as service:
-        import ssl
-
         context = ssl.create_default_context(cafile=str(authority.ca_file))
         url = f"https://127.0.0.1:{service.http_port}"
         async with httpx.AsyncClient(base_url=url, verify=context, trust_env=False) as client:
@@ -240,6 +238,52 @@ async def test_http_over_tls_with_tokens(tmp_path: Path) -> None:
             for open_path in ("/healthz", "/readyz", "/metrics"):
                 assert (await client.get(open_path)).status_code == 200
             assert 'opd_teacher_requests_total{tenant="math"} 1.0' in (await client.get("/metrics")).text
+
+
+async def test_a_url_that_speaks_the_wrong_way_says_which_to_write(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "ca")
+    pair = authority.issue("server")
+    tls = TlsSettings(cert_file=pair.cert_file, key_file=pair.key_file)
+    mutual = TlsSettings(cert_file=pair.cert_file, key_file=pair.key_file, client_ca_file=authority.ca_file)
+    for number, (settings, given, right) in enumerate(
+        (
+            (tls, "grpc", "speaks TLS; write grpcs"),
+            (mutual, "grpc", "speaks TLS; write grpcs"),
+            (None, "grpcs", "does not speak TLS; write grpc"),
+        )
+    ):
+        async with serving(tmp_path / str(number), grpc_tls=settings) as service:
+            place = f"127.0.0.1:{service.grpc_port}"
+            client = ScoreClient.connect(f"{given}://{place}", teacher="tiny", tenant="math")
+            async with client:
+                # Not tried again: it is an error of the URL's.
+                for ask in (client.info(), client.score(make_request())):
+                    with pytest.raises(ConfigError, match=rf"^url={given}://{place}: {right}://{place}$"):
+                        await ask
+
+
+async def test_mutual_tls_over_http(tmp_path: Path) -> None:
+    ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs", "other")
+    server, client_pair, stranger = ours.issue("server"), ours.issue("client"), theirs.issue("stranger")
+    tls = TlsSettings(cert_file=server.cert_file, key_file=server.key_file, client_ca_file=ours.ca_file)
+    async with serving(tmp_path, http=HttpSettings(tls=tls)) as service:
+
+        async def ask(pair: Pair | None, path: str, **headers: str) -> int:
+            context = ssl.create_default_context(cafile=str(ours.ca_file))
+            if pair is not None:
+                context.load_cert_chain(pair.cert_file, pair.key_file)
+            url = f"https://127.0.0.1:{service.http_port}"
+            async with httpx.AsyncClient(base_url=url, verify=context, trust_env=False) as client:
+                return (await client.get(path, headers=headers)).status_code
+
+        assert await ask(client_pair, "/v1/info", authorization=f"Bearer {MATH}") == 200
+        # A certificate opens the connection and stands for nobody.
+        assert await ask(client_pair, "/v1/info") == 401
+        for refused in (None, stranger):
+            for path in ("/v1/info", "/healthz"):
+                with pytest.raises(httpx.TransportError):
+                    await ask(refused, path, authorization=f"Bearer {MATH}")
+        assert await ask(client_pair, "/healthz") == 200
 
 
 async def test_http_asks_for_the_token_before_it_reads_a_body(tmp_path: Path) -> None:

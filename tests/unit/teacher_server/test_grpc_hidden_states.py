@@ -14,7 +14,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from opd.client import ScoreClient
-from opd.errors import OpdError, PermissionDeniedError, TeacherUnavailableError, UnknownTeacherError, UnsupportedError
+from opd.errors import (
+    OpdError,
+    OverCapacityError,
+    PermissionDeniedError,
+    TeacherUnavailableError,
+    UnknownTeacherError,
+    UnsupportedError,
+)
 from opd.head_cache import HeadCache
 from opd.rpc.client import GrpcScoreClient
 from opd.rpc.status import STATUS, trailing_metadata
@@ -23,7 +30,7 @@ from opd.wire.messages import request_to_proto
 from opd.wire.pb import teacher_pb2 as pb
 from opd.wire.pb.teacher_pb2_grpc import TeacherServiceStub, add_TeacherServiceServicer_to_server
 from services.teacher_server.grpc_api import TeacherServicer
-from tests.unit.teacher_server.fake_engine import FakeEngine, fake_info
+from tests.unit.teacher_server.fake_engine import FakeEngine, fake_info, until
 from tests.unit.teacher_server.test_grpc_api import Service, serving
 from tests.unit.teacher_server.tiny_teachers import make_request
 
@@ -194,7 +201,27 @@ async def test_a_caller_that_goes_away_leaves_nothing_behind(monkeypatch: pytest
         call.cancel()
         async with GrpcScoreClient(address) as client:
             await client.score(make_request(4))
-        assert service.scoring.num_in_flight == 0
+        await until(lambda: service.scoring.num_in_flight == 0)
+
+
+async def test_what_is_being_read_counts_against_the_tenant(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with (
+        serving_hidden(monkeypatch) as (service, address),
+        grpc.aio.insecure_channel(address) as channel,
+        GrpcScoreClient(address) as client,
+    ):
+        long = make_request(3, num_response=50_000, wants_hidden_states=True)
+        other = make_request(4, num_response=20_000)
+        call = TeacherServiceStub(channel).ScoreStream(pb.ScoreStreamRequest(request=request_to_proto(long)))
+        # More than the connection takes at once, so the rest waits for its reader.
+        assert (await call.read()).first_row == 0
+        with pytest.raises(OverCapacityError, match=f"tenant math already hold {long.num_tokens} of 65536"):
+            await client.score(other)
+        call.cancel()
+        await until(lambda: service.scoring.num_in_flight == 0)
+        assert (await client.score(other)).rollout_id == "run.0.4"
+        await client.score(long)
+        await until(lambda: service.scoring.num_in_flight == 0)
 
 
 class CuttingServicer(TeacherServicer):

@@ -237,3 +237,31 @@ async def test_a_request_larger_than_every_cap_is_scored_by_itself() -> None:
     async with running(limits) as bench:
         large = replace(named("large"), response_token_ids=np.ones(100, np.int32))
         assert (await bench.scoring.score(large)).rollout_id == "large"
+
+
+async def test_an_answer_that_is_being_read_stays_in_the_ledger() -> None:
+    async with running(BatchLimits(max_tenant_tokens=12)) as bench:
+        reply, release = await bench.scoring.score_streamed(named("a"))
+        assert reply.rollout_id == "a" and bench.batcher.held_tokens() == 8
+        assert b"opd_teacher_in_flight_tokens 8.0" in bench.metrics.render()
+        with pytest.raises(OverCapacityError, match="tenant math already hold 8 of 12"):
+            await bench.scoring.score(named("b"))
+        assert not await bench.scoring.drain(0.05)
+        release()
+        release()
+        assert bench.batcher.held_tokens() == 0 and await bench.scoring.drain(0.05)
+        await bench.scoring.score(named("b"))
+
+
+async def test_a_streamed_request_without_an_answer_leaves_nothing_in_the_ledger() -> None:
+    async with running() as bench:
+        with pytest.raises(NonFiniteError):
+            await bench.scoring.score_streamed(named("a", token=NAN_ID))
+        bench.engine.gate.clear()
+        with pytest.raises(DeadlineExceededError):
+            await bench.scoring.score_streamed(named("b", timeout_ms=50))
+        # It is being scored still.
+        assert bench.batcher.held_tokens() == 8
+        bench.engine.gate.set()
+        await until(lambda: bench.batcher.held_tokens() == 0)
+        assert bench.scoring.num_in_flight == 0

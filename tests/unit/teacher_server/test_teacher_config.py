@@ -5,6 +5,8 @@ import pytest
 from opd.errors import ConfigError
 from opd.settings import load_settings
 from services.teacher_server.config import TeacherConfig
+from services.teacher_server.engines.base import ForwardObserver, ScoringEngine
+from services.teacher_server.server import Replica
 
 
 def test_a_model_is_all_that_must_be_said() -> None:
@@ -68,6 +70,28 @@ def test_half_a_certificate_is_refused() -> None:
     for override, message in (
         ("grpc.tls.cert_file=c.pem", "give both or neither"),
         ("http.tls.client_ca_file=c.pem", "needs cert_file and key_file"),
+        ("queue.key_file=k.pem", "queue=.*cert_file=None, key_file=k.pem: give both or neither"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_settings(TeacherConfig, None, ["model=m", override])
+
+
+@pytest.mark.parametrize("name", ["ca_file", "cert_file"])
+def test_a_certificate_for_the_queue_that_is_not_there_is_found_before_the_model_is_loaded(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "key.pem").write_text("-----BEGIN PRIVATE KEY-----")
+    overrides = ["model=m", "redis_url=rediss://127.0.0.1:1/0", f"queue.{name}={tmp_path / 'none.pem'}"]
+    if name == "cert_file":
+        overrides.append(f"queue.key_file={tmp_path / 'key.pem'}")
+
+    def make_engine(_: ForwardObserver) -> ScoringEngine:
+        raise AssertionError("the engine was made")
+
+    with pytest.raises(ConfigError, match=rf"^redis {name}=.*none\.pem: cannot be read"):
+        Replica(load_settings(TeacherConfig, None, overrides), make_engine=make_engine)
+
+
+def test_a_queue_that_is_none_is_found_before_the_model_is_loaded() -> None:
+    with pytest.raises(ConfigError, match=r"^redis_url=http://x: must start with redis://"):
+        Replica(load_settings(TeacherConfig, None, ["model=m", "redis_url=http://x"]))

@@ -15,7 +15,7 @@ from opd.settings import load_settings
 from services.trainer.assembly import assemble
 from services.trainer.checkpoint import CheckpointStore, TrainerState
 from services.trainer.config import TrainSettings
-from services.trainer.run_log import RunLog
+from services.trainer.run_log import RunLog, read_steps
 from services.trainer.stop import StopSignal
 from services.trainer.student import StudentOptimizer
 from tests.unit.trainer.tiny_training import tiny_model, tiny_tokenizer
@@ -128,6 +128,12 @@ def test_a_checkpoint_that_cannot_be_read(world: tuple[Path, str], tmp_path: Pat
         refuse(world, tmp_path / "run", resume=True)
 
 
+def test_alarms_that_are_to_shorten_what_is_not_there(world: tuple[Path, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^alarms\.shorten=overlap_collapse: this run has no supervised horizon"):
+        refuse(world, tmp_path / "run", 'alarms.shorten=["overlap_collapse"]')
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_status_port_that_is_taken(world: tuple[Path, str], tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -142,3 +148,34 @@ def test_a_checkpoint_of_other_prompts_or_another_seed(
     save(tmp_path / "run", **change)
     with pytest.raises(CheckpointError, match=r"step-000002: was made with other prompts or another seed"):
         refuse(world, tmp_path / "run", resume=True)
+
+
+def test_an_objective_of_outcomes_wants_an_answer_to_every_prompt(world: tuple[Path, str], tmp_path: Path) -> None:
+    for overrides in (["objective.kind=grpo"], ["objective.outcome.weight=0.5"]):
+        with pytest.raises(ConfigError, match=r"^data\.files: prompt 0 has no answer"):
+            refuse(world, tmp_path / "run", *overrides)
+
+
+def test_grpo_runs_from_end_to_end_without_a_teacher_or_a_queue(
+    world: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPD_REDIS_URL", raising=False)
+    rows = [{"prompt": f"w{i}", "reward_model": {"ground_truth": str(i)}} for i in range(8)]
+    (tmp_path / "answered.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    overrides = [
+        f"student.model={world[0] / 'student'}", f'data.files=["{tmp_path}/answered.jsonl"]', "data.template=dapo",
+        f"run_dir={tmp_path / 'run'}", "rollout.prompts_per_step=2", "rollout.rollouts_per_prompt=3",
+        "rollout.max_prompt_tokens=80", "rollout.max_response_tokens=16", "objective.kind=grpo", "steps=2",
+        "objective.entropy_bonus=0.01", "student.device=cpu", "http.enabled=false",
+    ]  # fmt: skip
+    run = assemble(load_settings(TrainSettings, None, overrides), StopSignal(), resume=False)
+    try:
+        run.train()
+    finally:
+        run.close()
+    steps = read_steps(tmp_path / "run")
+    assert [step["step"] for step in steps] == [1, 2]
+    # A random student answers nothing, so that only the entropy bonus has a gradient.
+    assert all(step["outcome/reward"] == 0 and step["outcome/zero_variance_fraction"] == 1 for step in steps)
+    assert all(step["optim/grad_norm"] > 0 and step["loss/outcome"] == 0 for step in steps)
+    assert (tmp_path / "run/checkpoints/step-000002/model.safetensors").is_file()

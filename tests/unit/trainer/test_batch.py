@@ -72,20 +72,40 @@ def test_every_column_keeps_its_rows() -> None:
     assert batch.teacher_topk_ids_Tk.tolist() == [[1, 2], [2, 3], [1, 2]]
 
 
-def test_a_teacher_without_entropy_leaves_nan_and_never_zero() -> None:
+@pytest.mark.parametrize("name", ["entropy", "sampled_logprobs", "candidate_logprobs", "topk_logprobs"])
+def test_what_one_of_the_teachers_does_not_say_is_left_out(name: str) -> None:
+    """Several teachers need not say the same; what is not there for all is never 0 for some."""
     item = scored("a", [5], [8, 9])
-    silent = dataclasses.replace(item, scores=dataclasses.replace(item.scores, entropy=None))
-    assert build_batch([silent]).teacher_entropy_T.isnan().all()
+    silent = dataclasses.replace(item, scores=dataclasses.replace(item.scores, **{name: None}))
+    fields = {
+        "entropy": "teacher_entropy_T",
+        "sampled_logprobs": "teacher_sampled_logprobs_T",
+        "candidate_logprobs": "teacher_support_logprobs_TK",
+        "topk_logprobs": "teacher_topk_logprobs_Tk",
+    }
+    found = build_batch([item, silent])
+    assert [field for field in fields.values() if getattr(found, field) is None] == [fields[name]]
 
 
-def test_a_missing_score_is_named() -> None:
+def test_a_score_of_another_length_is_named() -> None:
     item = scored("a", [5], [8, 9])
-    broken = dataclasses.replace(item, scores=dataclasses.replace(item.scores, sampled_logprobs=None))
-    with pytest.raises(InternalError, match=r"^rollout a: nothing for 2 response tokens$"):
-        build_batch([broken])
     short = dataclasses.replace(item, scores=dataclasses.replace(item.scores, topk_logprobs=np.zeros((1, 2))))
     with pytest.raises(InternalError, match=r"^rollout a: 1 rows for 2 response tokens$"):
         build_batch([short])
+
+
+def test_the_horizon_and_verified_answers_say_which_positions_train() -> None:
+    item = scored("a", [5], [8, 9, 7])
+    front = dataclasses.replace(item, supervised_tokens=2)
+    both = dataclasses.replace(front, advantage=-0.5)
+    short = dataclasses.replace(scored("b", [5], [8]), supervised_tokens=2)
+    found = build_batch([front, short])
+    assert found.supervised_T.tolist() == found.valid_T.tolist() == [True, True, False, True]
+    assert found.num_trained_T.tolist() == [2, 2, 2, 1] and found.advantage_T is None
+    found = build_batch([both])
+    assert found.supervised_T.tolist() == [True, True, False] and found.valid_T.all()
+    assert found.advantage_T.tolist() == [-0.5] * 3
+    assert [part.num_trained_tokens for part in (item, front, both, short)] == [3, 2, 3, 1]
 
 
 @settings(max_examples=60, deadline=None)

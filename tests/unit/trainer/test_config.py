@@ -68,6 +68,36 @@ def test_fields_that_contradict_each_other_are_refused() -> None:
         load("steps=5", "optim.warmup_steps=9")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective.tail=bucket"], r"objective\.tail=bucket with teacher\.encoding=float16: .*; set .*=float32$"),
+        (
+            ["objective.kind=grpo", "rollout.rollouts_per_prompt=1"],
+            r"rollout\.rollouts_per_prompt=1: .*; give 2 or more$",
+        ),
+        (
+            ["objective.outcome.weight=0.5", "rollout.rollouts_per_prompt=1"],
+            r"rollout\.rollouts_per_prompt=1: .*; give 2 or more$",
+        ),
+        (
+            ["objective.kind=grpo", "teachers.math.pool=math", "data.teacher_column=t"],
+            r"objective\.kind=grpo has no teacher: remove \[teachers\]",
+        ),
+    ],
+)
+def test_what_an_objective_needs_of_the_rest_is_asked_for(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(*overrides)
+
+
+def test_grpo_has_groups_of_eight_unless_told() -> None:
+    assert load("objective.kind=grpo").rollout.rollouts_per_prompt == 8
+    assert load("objective.kind=grpo", "rollout.rollouts_per_prompt=4").rollout.rollouts_per_prompt == 4
+    assert load("objective.outcome.weight=0.5").rollout.rollouts_per_prompt == 4
+    assert load("teacher.encoding=float32", "objective.tail=bucket").objective.tail == "bucket"
+
+
 def test_every_setting_is_explained() -> None:
     def silent(section: type[Settings], prefix: str) -> list[str]:
         found = []

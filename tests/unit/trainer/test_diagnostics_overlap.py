@@ -104,6 +104,7 @@ def _by_hand(student: NDArray[np.float64], teacher: NDArray[np.float64]) -> dict
         "distill/entropy_gap": abs(teacher_entropy - student_entropy),
         "loss/reverse_kl": _divergence_on(student_top, student, teacher),
         "rollout/sampled_reverse_kl": student[student_top[0]] - teacher[student_top[0]],
+        "distill/uniform_teacher_fraction": 0.0,
     }
 
 
@@ -202,3 +203,16 @@ def test_sets_of_different_k_are_not_compared() -> None:
     ids = np.zeros((2, 3), np.int32)
     with pytest.raises(InternalError, match="cannot be compared"):
         overlap_of(ids, ids.astype(np.float32), ids[:, :2], ids[:, :2].astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_only_rows_that_are_flat_far_beyond_k_are_uniform(dtype: type[np.floating]) -> None:
+    num_ids = 151_936
+    flat = np.full(4, -math.log(num_ids))
+    rows = [flat, flat - np.array([0, 0, 0, 0.5]), np.log([0.25, 0.25, 0.25, 0.25]), np.log([0.7, 0.1, 0.1, 0.1])]
+    scores = PositionScores(
+        positions_T=np.arange(4),
+        teacher_topk_ids_Tk=np.tile(np.arange(4, dtype=np.int32), (4, 1)),
+        teacher_topk_logprobs_Tk=np.array(rows).astype(dtype).astype(np.float32),
+    )
+    assert position_metrics(scores)["distill/uniform_teacher_fraction"].tolist() == [1, 0, 0, 0]

@@ -139,7 +139,13 @@ def test_buckets_have_fixed_edges_their_own_counts_and_no_number_when_empty() ->
         ({"entropy": None}, {"distill/entropy_teacher", "distill/entropy_gap"}),
         ({"entropy": np.full(20, np.nan, np.float32)}, {"distill/entropy_teacher", "distill/entropy_gap"}),
         ({"candidate_logprobs": None}, {"distill/extreme_prob_gap", "distill/extreme_prob_gap_abs", "loss/reverse_kl"}),
-        ({"sampled_logprobs": None}, {"rollout/sampled_reverse_kl", "rollout/teacher_reward"}),
+        (
+            {"sampled_logprobs": None},
+            {
+                *("rollout/sampled_reverse_kl", "rollout/teacher_reward"),
+                *("rollout/eos_logprob_student", "rollout/eos_logprob_teacher"),
+            },
+        ),
         (
             {"topk_token_ids": None, "topk_logprobs": None},
             {
@@ -150,6 +156,7 @@ def test_buckets_have_fixed_edges_their_own_counts_and_no_number_when_empty() ->
                 "distill/overlap_mass_student",
                 "distill/overlap_mass_teacher",
                 "distill/mass99_overlap",
+                "distill/uniform_teacher_fraction",
             },
         ),
     ],
@@ -176,6 +183,7 @@ def test_a_sampler_without_statistics_leaves_only_the_rollouts_own_numbers() -> 
     step.add_rollout(bare, scores, is_correct=True)
     assert set(step.summary().values) == {
         "distill/entropy_teacher",
+        "distill/uniform_teacher_fraction",
         "rollout/response_length",
         "rollout/truncated_fraction",
         "outcome/accuracy",
@@ -209,9 +217,45 @@ def test_rows_that_were_not_scored_are_left_out() -> None:
 
 def test_costly_metrics_can_be_kept_to_a_sample_of_rollouts() -> None:
     step = StepDiagnostics()
-    step.add_rollout(*_scored(0, 5), wants_positions=False)
+    step.add_rollout(*_scored(0, 5), with_costly=False)
+    step.add_rollout(*_scored(1, 40))
+    found, only = step.summary(), StepDiagnostics()
+    only.add_rollout(*_scored(1, 40))
+    for name in ("distill/overlap_ratio", "distill/mass99_overlap", "loss/reverse_kl", "distill/extreme_prob_gap"):
+        assert found.values[name] == only.summary().values[name]
+    assert sum(found.arrays["distill/overlap_ratio/by_position/count"]) == 40
+    assert sum(found.arrays["distill/entropy_gap/by_position/count"]) == 45
+    assert found.values["rollout/response_length"] == 22.5
+
+
+def test_the_end_is_judged_only_where_an_eos_was_sampled_and_scored() -> None:
+    step = StepDiagnostics()
+    ends = [_scored(0, 5), _scored(1, 7)]
+    for rollout, scores in ends:
+        step.add_rollout(rollout, scores)
+    step.add_rollout(*_scored(2, 9, FinishReason.LENGTH))
+    front = np.arange(6) < 3
+    step.add_rollout(*_scored(3, 6), scored_rows=front)
     values = step.summary().values
-    assert "distill/overlap_ratio" not in values and "rollout/teacher_reward" in values
+    for name, columns in (
+        ("student", [rollout.sampled_logprobs for rollout, _ in ends]),
+        ("teacher", [scores.sampled_logprobs for _, scores in ends]),
+    ):
+        expected = sum(float(column[-1]) for column in columns) / 2
+        assert values[f"rollout/eos_logprob_{name}"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_rewards_are_told_apart_by_outcome() -> None:
+    values = _step(list(range(5))).summary().values
+    gaps = {}
+    for index, length in enumerate(LENGTHS):
+        rollout, scores = _scored(index, length)
+        gaps[index] = (scores.sampled_logprobs.astype(np.float64) - rollout.sampled_logprobs).mean()
+    assert values["outcome/teacher_reward_correct"] == pytest.approx((gaps[0] + gaps[4]) / 2, rel=1e-12)
+    assert values["outcome/teacher_reward_incorrect"] == pytest.approx((gaps[1] + gaps[3]) / 2, rel=1e-12)
+    arrays = _step(list(range(5))).summary().arrays
+    assert arrays["outcome/rewards_correct"] == pytest.approx(sorted([gaps[0], gaps[4]]), rel=1e-12)
+    assert arrays["outcome/rewards_incorrect"] == pytest.approx(sorted([gaps[1], gaps[3]]), rel=1e-12)
 
 
 def test_loss_means_join_by_sum_and_count() -> None:

@@ -57,8 +57,6 @@ def whole_vocabulary(**changes: Any) -> Setup:
     objective = ObjectiveConfig(kind="full_vocabulary", score_top_k=6, **changes.pop("objective", {}))
     model = teacher_model()
     setup = Setup(objective=objective, teacher_model=model, client=HiddenClient(model=model), **changes)
-    setup.teacher = teacher_client(setup.client, wants_hidden_states=True)
-    setup.teacher.shake_hands(wait_s=0)
     setup.loss = DistillLoss(setup.student, build_objective(objective), objective, lambda: output_head(model))
     return setup
 
@@ -126,7 +124,7 @@ def test_the_same_reply_still_has_what_the_diagnostics_read() -> None:
 
 def test_a_teacher_without_hidden_states_is_refused_at_the_handshake() -> None:
     info = dataclasses.replace(INFO, capabilities=frozenset(Capability) - {Capability.HIDDEN_STATES})
-    client = teacher_client(HiddenClient(model=None, current_info=info), wants_hidden_states=True)
+    client = teacher_client(HiddenClient(model=None, current_info=info), needs=frozenset({Capability.HIDDEN_STATES}))
     with pytest.raises(UnsupportedError, match="cannot supply hidden_states"):
         client.shake_hands(wait_s=0)
 

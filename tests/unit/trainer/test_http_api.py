@@ -54,6 +54,16 @@ def test_run_tells_step_metrics_and_remaining_time(server: StatusServer, status:
     assert told["eta_s"] > 0
 
 
+def test_alarms_are_told_until_they_are_over(server: StatusServer, status: RunStatus) -> None:
+    assert json.loads(fetch(server, "/v1/run")[1])["alarms"] == []
+    alarm = {"name": "gradient_spike", "step": 3, "evidence": "norm 3 at step 3", "numbers": {"norm": 3.0}}
+    status.show_alarms((alarm,))
+    assert json.loads(fetch(server, "/v1/run")[1])["alarms"] == [alarm]
+    assert 'opd_trainer_alarm{name="gradient_spike"} 1.0' in fetch(server, "/metrics")[1].splitlines()
+    status.show_alarms(())
+    assert 'name="gradient_spike"' not in fetch(server, "/metrics")[1]
+
+
 def test_metrics_are_gauges_with_legal_names(server: StatusServer, status: RunStatus) -> None:
     status.begin(0, 2)
     status.finish_step(1, {"loss/reverse_kl": 0.5, "timing/step": 2.0})

@@ -144,8 +144,10 @@ def gradient_of(model: Any, scored: list[ScoredRollout], max_tokens: int, object
         ObjectiveConfig(score_top_k=6, gradient="policy", support="union"),
         ObjectiveConfig(score_top_k=6, kind="sampled_token"),
         ObjectiveConfig(score_top_k=6, support="teacher", aggregation="sequence_mean"),
+        ObjectiveConfig(score_top_k=6, divergence="jsd", support="union", tail="bucket", position_discount=0.95),
+        ObjectiveConfig(score_top_k=6, divergence="forward_kl", credit="to_go", entropy_bonus=0.01),
     ],
-    ids=["exact", "policy-union", "sampled-token", "sequence-mean"],
+    ids=["exact", "policy-union", "sampled-token", "sequence-mean", "jsd-bucket", "forward-to-go-entropy"],
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_the_gradient_does_not_depend_on_micro_batches(
@@ -205,7 +207,8 @@ def test_a_non_finite_student_stops_the_step_before_the_optimizer() -> None:
     with torch.no_grad():
         setup.student_model.lm_head.weight[5, 0] = torch.inf
     before = setup.parameters()
-    with pytest.raises(NonFiniteError, match=r"^rollout run\.0\.\d: the student's log-probs at response position 0"):
+    named = r"^the student's log-probs at response position 0 of rollout run\.0\.\d are not finite$"
+    with pytest.raises(NonFiniteError, match=named):
         loop._accumulate_gradient(scored)
     assert all(parameter.grad is None for parameter in setup.student_model.parameters())
     assert torch.equal(setup.parameters().nan_to_num(), before.nan_to_num())

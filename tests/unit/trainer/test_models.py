@@ -174,7 +174,7 @@ def test_a_file_is_no_folder(folder: Path) -> None:
         load(folder / WEIGHTS)
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "~/nowhere", "runs/one/two"])
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "~/nowhere", "runs/one/two", "nowhere.safetensors"])
 def test_what_looks_like_a_path_is_not_taken_for_a_hub_name(name: str) -> None:
     with pytest.raises(ConfigError, match="no such folder"):
         load_model(name)

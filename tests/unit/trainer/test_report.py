@@ -14,12 +14,14 @@ import pytest
 
 from opd.errors import ConfigError
 from services.trainer.diagnostics import POSITION_EDGES
-from services.trainer.report import write_report
-from services.trainer.report.runs import read_runs
+from services.trainer.report import positions, write_report
+from services.trainer.report import rewards as reward_figure
+from services.trainer.report.figures import HEAT_MAPS
+from services.trainer.report.runs import Run, read_runs
 
 PNG = b"\x89PNG\r\n\x1a\n"
 BY_POSITION = ("overlap_ratio", "overlap_advantage", "entropy_student", "entropy_teacher", "entropy_gap")
-FIGURES = {"dynamics", "mass_and_entropy", "optimization", "rollouts", "by_position", "timing"}
+FIGURES = {"dynamics", "sets_and_entropy", "optimization", "rollouts", "rewards", "by_position", "heat_maps", "timing"}
 
 
 def _record(step: int, seed: int) -> dict[str, Any]:
@@ -43,10 +45,16 @@ def _record(step: int, seed: int) -> dict[str, Any]:
         "distill/extreme_prob_gap_abs": 0.3 * (1 - done) + 0.02,
         "loss/objective": 0.3 * (1 - done) + 0.02,
         "loss/reverse_kl": 0.3 * (1 - done) + 0.02,
+        "distill/uniform_teacher_fraction": 0.0,
+        "distill/gradient_coherence": 0.3 + noise,
         "optim/grad_norm": 1.5 * (1 - done) + 0.3 + noise,
         "rollout/response_length": 200 + 20 * done,
         "rollout/truncated_fraction": 0.1,
         "rollout/teacher_reward": -0.3 * (1 - done),
+        "outcome/rewards_correct": sorted((generator.normal(size=6) * 0.1 - 0.1).tolist()),
+        "outcome/rewards_incorrect": sorted((generator.normal(size=9) * 0.1 - 0.3).tolist()),
+        "outcome/teacher_reward_correct": -0.1 * (1 - done),
+        "outcome/teacher_reward_incorrect": -0.4 * (1 - done),
         "timing/rollout": 4.0,
         "timing/score_wait": 0.4,
         "timing/forward_backward": 2.0,
@@ -126,6 +134,101 @@ def test_two_runs_side_by_side_give_every_figure_and_one_complete_page(
     assert f"{first:.4g} to {last:.4g}" in page.text
 
 
+def with_events(run: Path, *events: dict[str, Any]) -> Path:
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    return run
+
+
+def alarm(step: int, name: str = "gradient_spike") -> dict[str, Any]:
+    told = {"evidence": f"norm at {step}", "remedy": "lower <optim.lr>", "section": "6.1", "numbers": {"norm": 3.0}}
+    return {"event": "alarm", "step": step, "name": name} | told
+
+
+def evaluation(step: int, accuracy: float) -> dict[str, Any]:
+    return {"event": "evaluation", "step": step, "results": {"accuracy/heldout": accuracy}}
+
+
+def test_alarms_are_marks_on_the_figures_and_a_table_on_the_page(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    keep = ("optim/", "timing/")
+    runs = [make_run("left", keep=keep), make_run("right", 1, keep=keep)]
+    write_report(runs, tmp_path / "plain.html")
+    assert "None was raised." in _parsed(tmp_path / "plain.html").text
+    with_events(runs[0], alarm(3), *(alarm(step, "length_explosion") for step in range(4, 12)))
+    with_events(runs[1], alarm(7, "eos_mismatch"))
+    assert [[found.number for found in run.alarms] for run in read_runs(runs)] == [list(range(1, 10)), [10]]
+    write_report(runs, tmp_path / "marked.html")
+    page = _parsed(tmp_path / "marked.html")
+    assert {"10", "right", "7", "eos_mismatch", "norm at 7", "lower <optim.lr>", "6.1"} <= set(page.text)
+    sizes = {}
+    for name in ("plain", "marked"):
+        content = (tmp_path / f"{name}_figures/optimization.png").read_bytes()
+        sizes[name] = int.from_bytes(content[20:24], "big")
+    # Eight alarms are named below the panels, and one line says that there are more.
+    assert 9 * 16 <= sizes["marked"] - sizes["plain"] <= 9 * 16 + 12
+
+
+def test_what_a_resume_went_back_behind_is_forgotten(make_run: Callable[..., Path]) -> None:
+    run = with_events(
+        make_run("run"),
+        *(evaluation(0, 0.25), alarm(2), evaluation(5, 0.75), alarm(6), {"event": "resume", "step": 4}),
+        *(alarm(8), evaluation(10, 0.5), {"event": "end", "step": 12}),
+    )
+    (found,) = read_runs([run])
+    assert [(item.number, item.step) for item in found.alarms] == [(1, 2), (2, 8)]
+    series = found.series("evaluation/accuracy/heldout")
+    assert series is not None and (series.steps, series.values) == ([0, 10], [0.25, 0.5])
+
+
+def test_evaluations_have_a_figure_of_their_own(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_run("run", keep=("loss/",))
+    with_events(run, evaluation(0, 0.25), evaluation(12, 0.5))
+    write_report([run], tmp_path / "report.html")
+    assert "Evaluations" in _parsed(tmp_path / "report.html").text
+    assert (tmp_path / "report_figures/evaluations.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("num_runs", [1, 3, 4])
+def test_heat_maps_have_one_panel_per_metric_and_run(
+    num_runs: int, make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    place = positions.grid
+    monkeypatch.setattr(positions, "grid", lambda count, *a, **k: asked.append((count, k)) or place(count, *a, **k))
+    runs = read_runs([make_run(f"run{seed}", seed, steps=3) for seed in range(num_runs)])
+    assert positions.draw_heat_maps(runs, HEAT_MAPS, "title", tmp_path / "maps.png")
+    ((cells, options),) = asked
+    # Rows of three at most; a metric does not share a row with another.
+    assert options["num_columns"] == min(num_runs, 3) and cells == 3 * {1: 1, 3: 3, 4: 6}[num_runs]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "title"),
+    [
+        ({"correct": [-0.1, 0.0], "incorrect": [-0.3, -0.1]}, "run, AUROC 0.875"),
+        ({"correct": [0.5, 0.5]}, "run"),
+    ],
+)
+def test_rewards_of_both_classes_have_their_auroc_where_there_are_both(
+    rewards: dict[str, list[float]], title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles = []
+    monkeypatch.setattr(reward_figure, "dress", lambda ax, name, *labels: titles.append(name))
+    record = {"step": 1} | {f"outcome/rewards_{name}": values for name, values in rewards.items()}
+    run = Run(name="run", records=[record], summary={})
+    assert reward_figure.draw_rewards([run], "title", tmp_path / "rewards.png")
+    assert titles == [title] and (tmp_path / "rewards.png").is_file()
+    assert not reward_figure.draw_rewards(
+        [Run(name="a", records=[{"step": 1}], summary={})], "t", tmp_path / "rewards.png"
+    )
+    assert not (tmp_path / "rewards.png").exists()
+
+
+def test_a_single_step_is_a_curve_and_no_map(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    write_report([make_run("run", steps=1, keep=("distill/entropy_student", "distill/position"))], tmp_path / "r.html")
+    names = {path.stem for path in (tmp_path / "r_figures").iterdir()}
+    assert "by_position" in names and "heat_maps" not in names
+
+
 def test_the_same_runs_give_the_same_bytes(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run("run", keep=("loss/", "timing/"))
     write_report([run], tmp_path / "a.html")
@@ -137,10 +240,10 @@ def test_a_metric_nobody_measured_leaves_its_figure_out_and_an_old_one_is_remove
     make_run: Callable[..., Path], tmp_path: Path
 ) -> None:
     output = tmp_path / "report.html"
-    write_report([make_run("timed", keep=("loss/", "timing/"))], output)
+    write_report([make_run("timed", keep=("loss/obj", "timing/"))], output)
     assert {path.stem for path in (tmp_path / "report_figures").iterdir()} == {"optimization", "timing"}
-    write_report([make_run("massive", keep=("loss/", "distill/overlap_mass"))], output)
-    assert {path.stem for path in (tmp_path / "report_figures").iterdir()} == {"optimization", "mass_and_entropy"}
+    write_report([make_run("massive", keep=("loss/obj", "distill/overlap_mass"))], output)
+    assert {path.stem for path in (tmp_path / "report_figures").iterdir()} == {"optimization", "dynamics"}
     assert "Where the time goes" not in output.read_text()
 
 

@@ -22,7 +22,8 @@ NEEDED = {
     *("rollout/response_length", "rollout/truncated_fraction", "rollout/sampled_reverse_kl"),
     *("queue/rollouts_sent", "queue/rollouts_scored", "queue/rollouts_lost"),
     *("timing/rollout", "timing/score_wait", "timing/forward_backward", "timing/optimizer", "timing/publish"),
-    *("timing/step", "timing/tokens_per_second"),
+    *("timing/step", "timing/tokens_per_second", "timing/metrics"),
+    *("distill/extreme_prob_gap_abs", "distill/uniform_teacher_fraction", "rollout/teacher_reward"),
 }
 
 
@@ -120,3 +121,29 @@ def test_each_teacher_has_its_own_means_and_counts() -> None:
     counts = [values[f"queue/rollouts_scored/teacher/{name}"] for name in ("code", "math", "law")]
     tokens = [values[f"rollout/response_tokens/teacher/{name}"] for name in ("code", "math", "law")]
     assert (counts, tokens) == ([1, 1, 0], [3, 1, 0])
+
+
+def test_a_fraction_is_measured_in_full_the_same_again_and_another_at_each_step(step: StepRecord) -> None:
+    def measured(fraction: float, number: int) -> dict[str, float]:
+        metrics = StepMetrics(weight=SupportWeight.STUDENT, decode=None, fraction=fraction, seed=3)
+        summary = metrics.summarize(dataclasses.replace(step, step=number))
+        assert sum(summary.arrays["distill/entropy_gap/by_position/count"]) == num_positions(step.scored)
+        return {name: value for name, value in summary.values.items() if name.startswith(("distill/", "loss/"))}
+
+    everything, half = measured(1.0, 1), measured(0.5, 1)
+    assert half == measured(0.5, 1) and half.keys() == everything.keys()
+    assert half["distill/entropy_gap"] == everything["distill/entropy_gap"]
+    ratios = {measured(0.5, number)["distill/overlap_ratio"] for number in range(1, 6)}
+    assert len(ratios) > 1 and everything["distill/overlap_ratio"] not in ratios
+    overlaps = [
+        len(set(student) & set(teacher)) / 6
+        for item in step.scored
+        for student, teacher in zip(item.rollout.topk_token_ids, item.scores.topk_token_ids, strict=True)
+    ]
+    assert everything["distill/overlap_ratio"] == pytest.approx(math.fsum(overlaps) / len(overlaps), rel=1e-12)
+
+
+def test_a_probe_adds_its_own_metrics_and_all_of_it_is_timed(step: StepRecord) -> None:
+    metrics = StepMetrics(weight=SupportWeight.STUDENT, decode=None, probe=lambda record: {"a/step": record.step})
+    values = metrics.summarize(step).values
+    assert values["a/step"] == step.step and values["timing/metrics"] > 0

@@ -33,7 +33,7 @@ def test_logprobs_equal_a_plain_forward(temperature: float, row_chunk: int) -> N
     model = tiny_model(3)
     batch = build_batch(ITEMS)
     student = Student(model, num_defined_ids=NUM_IDS, temperature=temperature, row_chunk=row_chunk)
-    found = student.logprobs(batch, batch.support_ids_TK)
+    found = student.scores(batch, batch.support_ids_TK).logprobs_TK
     expected = expected_logprobs(model, batch.support_ids_TK, temperature)
     assert (found.double() - expected).abs().max() < 1e-4
     # The gradient, too, through the padding and the chunks.
@@ -49,7 +49,7 @@ def test_logprobs_equal_a_plain_forward(temperature: float, row_chunk: int) -> N
 def test_rows_without_a_token_take_no_part() -> None:
     model = tiny_model(3, vocab=NUM_IDS + 8)
     batch = build_batch(ITEMS)
-    found = Student(model, num_defined_ids=NUM_IDS).logprobs(batch, batch.support_ids_TK)
+    found = Student(model, num_defined_ids=NUM_IDS).scores(batch, batch.support_ids_TK).logprobs_TK
     expected = expected_logprobs(model, batch.support_ids_TK, rows=NUM_IDS)
     assert (found.double() - expected).abs().max() < 1e-4
 
@@ -60,7 +60,7 @@ def test_recomputing_layers_changes_nothing() -> None:
     for gradient_checkpointing in (False, True):
         model = tiny_model(3)
         student = Student(model, num_defined_ids=NUM_IDS, gradient_checkpointing=gradient_checkpointing)
-        student.logprobs(batch, batch.support_ids_TK).sum().backward()
+        student.scores(batch, batch.support_ids_TK).logprobs_TK.sum().backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
         assert model.training is gradient_checkpointing
     assert torch.allclose(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
@@ -72,7 +72,7 @@ def test_dropout_is_off(gradient_checkpointing: bool) -> None:
     model = GPT2LMHeadModel(config)
     batch = build_batch(ITEMS)
     student = Student(model, num_defined_ids=NUM_IDS, gradient_checkpointing=gradient_checkpointing)
-    found = student.logprobs(batch, batch.support_ids_TK)
+    found = student.scores(batch, batch.support_ids_TK).logprobs_TK
     model.eval()
     assert (found.double() - expected_logprobs(model, batch.support_ids_TK)).abs().max() < 1e-4
 
@@ -92,7 +92,7 @@ def test_a_soft_cap_is_part_of_the_head() -> None:
     torch.manual_seed(0)
     model = Gemma2ForCausalLM(config).eval()
     batch = build_batch(ITEMS)
-    found = Student(model, num_defined_ids=NUM_IDS).logprobs(batch, batch.support_ids_TK)
+    found = Student(model, num_defined_ids=NUM_IDS).scores(batch, batch.support_ids_TK).logprobs_TK
     assert (found.double() - expected_logprobs(model, batch.support_ids_TK)).abs().max() < 1e-4
 
 

@@ -9,6 +9,7 @@ import pytest
 from opd.errors import (
     InternalError,
     NonFiniteError,
+    PermissionDeniedError,
     QueueUnavailableError,
     TeacherUnavailableError,
     UnsupportedError,
@@ -45,7 +46,7 @@ def test_the_handshake_waits_for_the_first_replica_and_says_so() -> None:
     told: list[str] = []
     client = teacher_client(InfoClient(NOBODY, NOBODY, TEACHER_INFO))
     assert client.shake_hands(wait_s=30, on_wait=told.append) is TEACHER_INFO
-    assert told == ["waiting for a replica of teacher pool pool"]
+    assert len(told) == 1 and told[0].startswith("waiting for a replica of teacher pool pool (")
 
 
 def test_the_wait_for_a_replica_is_bounded() -> None:
@@ -119,6 +120,66 @@ def test_what_is_not_needed_may_be_missing() -> None:
     teacher.shake_hands(wait_s=0)
     teacher.send(some_rollout(), some_rollout().prompt_token_ids)
     assert client.requests[0].wants_entropy is False
+
+
+BARE = frozenset({Capability.SAMPLED_LOGPROBS, Capability.TEACHER_TOP_K})
+"""What vLLM on a CPU supplies."""
+
+
+def test_a_teacher_without_candidates_can_be_trained_with_where_they_are_not_needed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    client = InfoClient(info(capabilities=BARE, max_candidates=4))
+    client.model = tiny_model(2)
+    teacher = teacher_client(client, needs=frozenset({Capability.SAMPLED_LOGPROBS}))
+    teacher.shake_hands(wait_s=0)
+    teacher.pin()
+    rollout = some_rollout()
+    reply = teacher.send(rollout, rollout.prompt_token_ids).result()
+    (request,) = client.requests
+    assert request.candidate_token_ids is None and not request.wants_entropy
+    assert (request.wants_sampled, request.score_top_k) == (True, 6)
+    assert teacher.accept(rollout, reply).candidate_logprobs is None
+    (line,) = [record.getMessage() for record in caplog.records if "absent" in record.getMessage()]
+    assert line == (
+        "teacher pool (exact) does not supply candidate_logprobs, entropy, so these metrics are absent: "
+        "loss/reverse_kl, distill/extreme_prob_gap, distill/entropy_teacher, distill/entropy_gap"
+    )
+
+
+def test_a_full_teacher_is_asked_for_the_metrics_too(caplog: pytest.LogCaptureFixture) -> None:
+    client = ExactClient(model=tiny_model(2))
+    teacher = teacher_client(client, needs=frozenset({Capability.SAMPLED_LOGPROBS}))
+    teacher.shake_hands(wait_s=0)
+    rollout = some_rollout()
+    scores = teacher.accept(rollout, teacher.send(rollout, rollout.prompt_token_ids).result())
+    assert scores.candidate_logprobs is not None and scores.entropy is not None and scores.topk_logprobs is not None
+    assert client.requests[0].wants_hidden_states is False, "what is costly is asked for only where it is needed"
+    assert "absent" not in caplog.text
+
+
+def test_what_the_objective_needs_cannot_be_left_out() -> None:
+    for needs in (Capability.CANDIDATE_LOGPROBS, Capability.HIDDEN_STATES):
+        with pytest.raises(UnsupportedError, match=rf"^teacher pool \(exact\) cannot supply {needs};"):
+            teacher_client(InfoClient(info(capabilities=BARE)), needs=frozenset({needs})).shake_hands(wait_s=0)
+
+
+def test_a_right_is_tried_by_using_it() -> None:
+    def refuse(request: ScoreRequest, reply: ScoreReply) -> ScoreReply:
+        if request.wants_hidden_states:
+            raise PermissionDeniedError("tenant: has no right to hidden states")
+        return reply
+
+    client = ExactClient(model=tiny_model(2), alter=refuse)
+    for needs in (Capability.SAMPLED_LOGPROBS, Capability.HIDDEN_STATES):
+        teacher = teacher_client(client, needs=frozenset({needs}))
+        teacher.shake_hands(wait_s=0)
+        if needs is Capability.SAMPLED_LOGPROBS:
+            teacher.try_scoring("probe-1.0.0")
+            continue
+        with pytest.raises(PermissionDeniedError, match="no right to hidden states"):
+            teacher.try_scoring("probe-2.0.0")
+    assert [request.num_tokens for request in client.requests] == [2, 2]
 
 
 def some_rollout() -> Rollout:

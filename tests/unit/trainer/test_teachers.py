@@ -9,10 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from opd.errors import ConfigError, InternalError
-from opd.types import Rollout, ScoreReply
+from opd.types import Rollout, ScoreReply, Scores
 from services.trainer.config import DataSettings, StudentSettings, TrainSettings
 from services.trainer.prompts import TeacherColumn, load_problems
-from services.trainer.teachers import TeacherRouter
+from services.trainer.teachers import NoTeachers, TeacherRouter
 from tests.unit.trainer.test_batch import scored
 from tests.unit.trainer.tiny_training import TEACHER_INFO, ExactClient, TinyPrompt, exact_scores, teacher_client
 from tests.unit.trainer.tiny_training import tiny_model as model
@@ -119,3 +119,17 @@ def test_an_unknown_teacher_is_refused_naming_row_value_and_the_known(tmp_path: 
     message = rf"a\.jsonl: row 1: column who is {found}; give one of the configured teachers: code, math$"
     with pytest.raises(ConfigError, match=message):
         load_problems(data, teacher_column=COLUMN)
+
+
+def test_every_teachers_willingness_is_tried_under_an_id_of_its_own() -> None:
+    router, clients = two_teachers()
+    router.try_scoring("probe-7.0")
+    asked = [request.rollout_id for client in clients.values() for request in client.requests]
+    assert asked == ["probe-7.0.0", "probe-7.0.1"]
+
+
+def test_nobody_says_nothing() -> None:
+    nobody, rollout = NoTeachers(), scored("run.0.0", [5, 6], [8, 9]).rollout
+    reply = nobody.send(rollout, prompt(rollout, "")).result(timeout=0)
+    assert nobody.accept(rollout, prompt(rollout, ""), reply) == Scores()
+    assert nobody.pin() == {}

@@ -44,6 +44,7 @@ def test_other_texts_are_not_recognised(text: str) -> None:
         ("**Answer:** 12", "12"),
         ("**Answer**: 12", "12"),
         ("**Answer: 12**", "12"),
+        ("Answer: `12`", "12"),
         ("The final answer: 9 ", "9"),
         ("ANSWER: 10,000", "10,000"),
         ("Answer:\n\n$x = 3$", "x = 3"),
@@ -66,6 +67,7 @@ def test_the_last_answer_line_is_found(response: str, answer: str | None) -> Non
     [
         ("thus \\boxed{42}.", "42"),
         ("\\boxed{1} no \\boxed{2}", "2"),
+        ("\\boxed {8} and \\boxed\n{9}", "9"),
         ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
         ("\\boxed{\\text{Evelyn}}", "\\text{Evelyn}"),
         ("\\boxed{ $x$ }", "x"),

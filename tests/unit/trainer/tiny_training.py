@@ -22,7 +22,7 @@ from services.trainer.rollout.base import SamplingParams
 from services.trainer.rollout.transformers_engine import TransformersEngine
 from services.trainer.student import Student, StudentOptimizer
 from services.trainer.teacher_client import ScoreWants, TeacherClient
-from services.trainer.teachers import TeacherRouter
+from services.trainer.teachers import NoTeachers, TeacherRouter
 from services.trainer.weights import SharedWeights
 
 NUM_IDS = 24
@@ -87,15 +87,18 @@ def exact_scores(model: Any, request: ScoreRequest) -> Scores:
     rows_RV = logits_LV[request.prompt_token_ids.size - 1 : -1] / request.teacher_temperature
     logprobs_RV = rows_RV.log_softmax(dim=-1)
     sampled_R1 = torch.from_numpy(request.response_token_ids.astype(np.int64))[:, None]
-    assert request.candidate_token_ids is not None
-    candidates_RK = torch.from_numpy(request.candidate_token_ids.astype(np.int64))
-    topk = logprobs_RV.topk(request.score_top_k, dim=-1)
+    candidates = None
+    if request.candidate_token_ids is not None:
+        candidates_RK = torch.from_numpy(request.candidate_token_ids.astype(np.int64))
+        candidates = logprobs_RV.gather(1, candidates_RK).float().numpy()
+    topk = logprobs_RV.topk(request.score_top_k, dim=-1) if request.score_top_k else None
+    entropy_R = -(logprobs_RV.exp() * logprobs_RV).sum(-1)
     return Scores(
-        sampled_logprobs=logprobs_RV.gather(1, sampled_R1)[:, 0].float().numpy(),
-        candidate_logprobs=logprobs_RV.gather(1, candidates_RK).float().numpy(),
-        topk_token_ids=topk.indices.int().numpy(),
-        topk_logprobs=topk.values.float().numpy(),
-        entropy=(-(logprobs_RV.exp() * logprobs_RV).sum(-1)).float().numpy(),
+        sampled_logprobs=logprobs_RV.gather(1, sampled_R1)[:, 0].float().numpy() if request.wants_sampled else None,
+        candidate_logprobs=candidates,
+        topk_token_ids=topk.indices.int().numpy() if topk else None,
+        topk_logprobs=topk.values.float().numpy() if topk else None,
+        entropy=entropy_R.float().numpy() if request.wants_entropy else None,
     )
 
 
@@ -174,6 +177,8 @@ class Setup:
     first_step: int = 0
     client: Any = None
     engine: Any = None
+    reward: Any = None
+    horizon: Any = None
 
     def __post_init__(self) -> None:
         self.student_model = self.student_model or tiny_model(1)
@@ -188,9 +193,15 @@ class Setup:
         )
         self.student = Student(self.student_model, num_defined_ids=NUM_IDS)
         self.optimizer = StudentOptimizer(self.student_model, self.optim)
-        self.teacher = teacher_client(self.client, score_top_k=self.objective.score_top_k)
-        self.teacher.shake_hands(wait_s=0)
-        self.loss = DistillLoss(self.student, build_objective(self.objective), self.objective)
+        objective = build_objective(self.objective)
+        self.teacher = teacher_client(
+            self.client, score_top_k=self.objective.score_top_k, needs=objective.needs.capabilities
+        )
+        self.teachers: Any = NoTeachers()
+        if self.objective.uses_teacher:
+            self.teacher.shake_hands(wait_s=0)
+            self.teachers = TeacherRouter({"": self.teacher})
+        self.loss = DistillLoss(self.student, objective, self.objective)
 
     def loop(self) -> TrainingLoop:
         settings = LoopSettings(
@@ -207,11 +218,13 @@ class Setup:
             settings,
             prompts=FixedPrompts(self.prompts_per_step),
             engine=self.engine,
-            teachers=TeacherRouter({"": self.teacher}),
+            teachers=self.teachers,
             student=self.student,
             loss=self.loss,
             optimizer=self.optimizer,
             weights=SharedWeights(self.engine),
+            reward=self.reward,
+            horizon=self.horizon,
             first_step=self.first_step,
         )
 

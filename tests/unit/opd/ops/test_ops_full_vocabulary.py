@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from opd.errors import InvalidRequestError
-from opd.ops import OutputHead, defined_head, full_logprobs, full_reverse_kl
+from opd.ops import OutputHead, defined_head, full_divergence, full_logprobs
 from opd.ops.full_vocabulary import as_stored
 
 ROWS, HIDDEN, WIDER, VOCAB, TEACHER_VOCAB, DEFINED = 11, 6, 9, 23, 28, 20
@@ -60,11 +60,11 @@ def test_value_and_gradient_are_those_of_the_definition(temperatures: tuple[floa
             kl = brute_kl(logprobs, brute_logprobs(teacher_hidden, teacher_head, temperatures[1]))
             sampled = logprobs.gather(1, ids)
         else:
-            scores = full_reverse_kl(
+            scores = full_divergence(
                 hidden, head, teacher_hidden, teacher_head, ids, num_defined_ids=DEFINED, row_chunk=row_chunk,
                 student_temperature=temperatures[0], teacher_temperature=temperatures[1],
             )  # fmt: skip
-            kl, sampled = scores.reverse_kl_T, scores.student_logprobs_TK
+            kl, sampled = scores.divergence_T, scores.student_logprobs_TK
         ((kl * weights).sum() + sampled.sum()).backward()
         gathered += [kl.detach(), sampled.detach(), hidden.grad, weight.grad]
     for one, other in zip(found, expected, strict=True):
@@ -76,16 +76,16 @@ def test_single_precision_agrees_with_double() -> None:
     student_head, teacher_head = heads(torch.float32)
     hidden, teacher_hidden = randn(5, ROWS, HIDDEN).float(), randn(6, ROWS, WIDER).float()
     ids = torch.zeros(ROWS, 1, dtype=torch.int64)
-    found = full_reverse_kl(hidden, student_head, teacher_hidden, teacher_head, ids, num_defined_ids=DEFINED)
+    found = full_divergence(hidden, student_head, teacher_hidden, teacher_head, ids, num_defined_ids=DEFINED)
     expected = brute_kl(brute_logprobs(hidden, student_head, 1.0), brute_logprobs(teacher_hidden, teacher_head, 1.0))
-    assert (found.reverse_kl_T.double() - expected).abs().max() < 1e-5
+    assert (found.divergence_T.double() - expected).abs().max() < 1e-5
 
 
 def test_equal_models_have_no_divergence_and_no_gradient() -> None:
     head = heads()[0]
     hidden = randn(5, ROWS, HIDDEN).requires_grad_()
     ids = torch.zeros(ROWS, 1, dtype=torch.int64)
-    kl = full_reverse_kl(hidden, head, hidden.detach(), head, ids, num_defined_ids=DEFINED).reverse_kl_T
+    kl = full_divergence(hidden, head, hidden.detach(), head, ids, num_defined_ids=DEFINED).divergence_T
     kl.sum().backward()
     assert kl.abs().max() < 1e-14 and hidden.grad is not None and hidden.grad.abs().max() < 1e-14
 
@@ -126,11 +126,11 @@ def test_no_block_of_logits_is_kept_for_the_way_back() -> None:
     hidden = randn(5, rows, 2).requires_grad_()
     saved = _LargestSaved()
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
-        scores = full_reverse_kl(
+        scores = full_divergence(
             hidden, head, randn(6, rows, 2), head, torch.zeros(rows, 1, dtype=torch.int64), num_defined_ids=vocab,
             row_chunk=16,
         )  # fmt: skip
-    assert scores.reverse_kl_T.requires_grad
+    assert scores.divergence_T.requires_grad
     # The head itself is [vocab, 2]; a block of logits would be [16, vocab].
     assert saved.num_elements <= 2 * vocab
 
@@ -148,14 +148,14 @@ def test_settings_that_cannot_be_are_refused(change: dict[str, Any], message: st
     ids = torch.zeros(ROWS, 1, dtype=torch.int64)
     settings: dict[str, Any] = {"num_defined_ids": DEFINED, **change}
     with pytest.raises(InvalidRequestError, match=message):
-        full_reverse_kl(randn(5, ROWS, HIDDEN), student_head, randn(6, ROWS, WIDER), teacher_head, ids, **settings)
+        full_divergence(randn(5, ROWS, HIDDEN), student_head, randn(6, ROWS, WIDER), teacher_head, ids, **settings)
 
 
 def test_rows_that_do_not_match_are_refused() -> None:
     student_head, teacher_head = heads()
     ids = torch.zeros(ROWS, 1, dtype=torch.int64)
     with pytest.raises(InvalidRequestError, match="teacher_hidden_TG has 3 rows and ids_TK 11 for 11 hidden rows"):
-        full_reverse_kl(
+        full_divergence(
             randn(5, ROWS, HIDDEN), student_head, randn(6, 3, WIDER), teacher_head, ids, num_defined_ids=DEFINED
         )
 
@@ -164,3 +164,31 @@ def test_the_defined_head_shares_the_weight() -> None:
     head = heads()[0]
     cut = defined_head(head, DEFINED)
     assert cut.num_rows == DEFINED and cut.weight_VH.data_ptr() == head.weight_VH.data_ptr()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_every_form_and_the_entropy_are_those_of_the_definition(beta: float) -> None:
+    student_head, teacher_head = heads()
+    teacher_hidden, ids, weights = randn(6, ROWS, WIDER), torch.zeros(ROWS, 1, dtype=torch.int64), randn(8, ROWS)
+    gradients, values = [], []
+    for is_brute in (True, False):
+        hidden = randn(5, ROWS, HIDDEN).requires_grad_()
+        if is_brute:
+            student = brute_logprobs(hidden, student_head, 1.3)
+            teacher = brute_logprobs(teacher_hidden, teacher_head, 1.0)
+            mixture = (beta * teacher.exp() + (1 - beta) * student.exp()).log()
+            divergence = beta * brute_kl(teacher, mixture) + (1 - beta) * brute_kl(student, mixture)
+            if beta in (0.0, 1.0):
+                divergence = brute_kl(student, teacher) if beta else brute_kl(teacher, student)
+            entropy = -(student.exp() * student).sum(-1)
+        else:
+            scores = full_divergence(
+                hidden, student_head, teacher_hidden, teacher_head, ids, num_defined_ids=DEFINED, row_chunk=4,
+                student_temperature=1.3, beta=beta, wants_entropy=True,
+            )  # fmt: skip
+            divergence, entropy = scores.divergence_T, scores.student_entropy_T
+        (divergence * weights + 0.1 * entropy).sum().backward()
+        gradients.append(hidden.grad)
+        values.append(torch.stack([divergence, entropy]).detach())
+    torch.testing.assert_close(values[1], values[0], atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-12, rtol=1e-12)

@@ -1,10 +1,12 @@
 """The student's differentiable pass: values, gradients and memory."""
 
+import math
+
 import pytest
 import torch
 
 from opd.errors import InvalidRequestError
-from opd.ops import OutputHead, support_logprobs
+from opd.ops import MASKED_LOGIT, OutputHead, student_scores, support_logprobs
 from opd.types import PAD_ID
 
 NUM_ROWS, HIDDEN, HEAD_ROWS, DEFINED, K = 7, 5, 23, 20, 4
@@ -133,6 +135,43 @@ def test_what_cannot_be_is_refused(settings: dict[str, object], message: str) ->
         support_logprobs(
             hidden, OutputHead(weight_VH=weight), **{"ids_TK": ids, "num_defined_ids": DEFINED, **settings}
         )
+
+
+def test_entropy_and_the_mass_outside_a_support_follow_their_definitions() -> None:
+    hidden, weight, bias, ids = _case()
+    support = torch.cat([ids, torch.full((len(ids), 1), PAD_ID)], dim=1)
+    support[0] = PAD_ID
+    head = OutputHead(weight_VH=weight, bias_V=bias)
+    scores = student_scores(
+        hidden, head, ids, num_defined_ids=DEFINED, support_ids_TS=support, wants_entropy=True, temperature=0.7,
+        row_chunk=3,
+    )  # fmt: skip
+    (scores.outside_logprobs_T.sin() + scores.entropy_T).sum().backward()
+    twin = hidden.detach().clone().requires_grad_()
+    probs = ((twin @ weight.detach().T + bias.detach())[:, :DEFINED] / 0.7).softmax(-1)
+    outside_ids = [[v for v in range(DEFINED) if v not in chosen] for chosen in support.tolist()]
+    outside = torch.stack([probs[row, chosen].sum() for row, chosen in enumerate(outside_ids)]).log()
+    entropy = -(probs * probs.log()).sum(-1)
+    torch.testing.assert_close(scores.outside_logprobs_T, outside, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(scores.entropy_T, entropy, atol=1e-12, rtol=1e-12)
+    assert scores.outside_logprobs_T[0].abs() < 1e-12, "all of the mass is outside an empty support"
+    (outside.sin() + entropy).sum().backward()
+    torch.testing.assert_close(hidden.grad, twin.grad, atol=1e-12, rtol=1e-12)
+
+
+def test_a_tiny_mass_outside_keeps_its_digits_and_none_at_all_is_finite() -> None:
+    """1 - P_S would be 0 or a rounding error here."""
+    hidden = torch.tensor([[1.0]])
+    weight = torch.tensor([[40.0], [0.0], [-1.0]])
+    settings = {"num_defined_ids": 3, "support_ids_TS": torch.tensor([[0]])}
+    found = student_scores(hidden, OutputHead(weight_VH=weight), torch.tensor([[0]]), **settings)
+    expected = math.log(1 + math.exp(-1)) - 40 - math.log1p(math.exp(-40) + math.exp(-41))
+    assert found.outside_logprobs_T.item() == pytest.approx(expected, rel=1e-6)
+    everything = student_scores(
+        hidden, OutputHead(weight_VH=weight), torch.tensor([[0]]), num_defined_ids=3,
+        support_ids_TS=torch.tensor([[2, 0, 1]]),
+    )  # fmt: skip
+    assert MASKED_LOGIT * 1.1 < everything.outside_logprobs_T.item() < MASKED_LOGIT / 2
 
 
 @pytest.mark.gpu

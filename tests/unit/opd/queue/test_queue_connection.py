@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from redis import Redis
 
+from opd.credentials import Credentials
 from opd.errors import (
     ConfigError,
     InternalError,
@@ -76,10 +77,27 @@ async def test_a_wrong_password_is_not_tried_again(make_redis: Any) -> None:
     server = make_redis(over_tcp=True)
     connection = QueueConnection(server.url.replace("redis://:", "redis://:wrong"))
     began = time.monotonic()
-    with pytest.raises(UnauthenticatedError, match="give user and password"):
+    with pytest.raises(UnauthenticatedError, match=r"correct user and password in the URL$"):
         await connection.open(patience_s=5.0)
     assert time.monotonic() - began < 2.0
     await connection.close()
+
+
+async def test_whoever_is_refused_is_told_what_to_give(make_redis: Any) -> None:
+    server = make_redis(over_tcp=True)
+    url = "redis://127.0.0.1:" + server.url.rpartition(":")[2]
+    with_user = url.replace("//", "//code@")
+    for place, credentials, way_out in (
+        (url, Credentials(), "give a token, or user and password in the URL"),
+        (url, Credentials(token="wrong", user="math"), "give the token or password of math, or let `opd tenants acl"),
+        (with_user, Credentials(token="wrong", user="math"), "give the token or password of code, or let"),
+        (url, Credentials(token="wrong"), "give the token or password of the URL's user, or let"),
+    ):
+        connection = QueueConnection(place, credentials=credentials)
+        with pytest.raises(UnauthenticatedError, match=way_out) as caught:
+            await connection.open()
+        assert "\n" not in caught.value.message and "wrong" not in caught.value.message
+        await connection.close()
 
 
 async def test_a_forbidden_command_is_not_tried_again(redis_url: str) -> None:

@@ -18,6 +18,8 @@ from transformers import (
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 from opd.errors import ConfigError
@@ -73,6 +75,19 @@ def test_what_an_architecture_does_to_its_logits_is_taken_over(name: str, tmp_pa
     expected = reference_scores(tmp_path, request)
     np.testing.assert_allclose(scores.sampled_logprobs, expected.sampled_logprobs, atol=1e-4)
     np.testing.assert_allclose(scores.entropy, expected.entropy, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rope", "expected"), [({}, True), ({"rope_type": "dynamic", "factor": 2.0}, False)])
+def test_a_model_that_rewrites_itself_in_a_pass_runs_one_at_a_time(
+    rope: dict[str, Any], expected: bool, tmp_path: Path
+) -> None:
+    parameters = {"rope_type": "default", "rope_theta": 10_000.0} | rope
+    LlamaForCausalLM(LlamaConfig(**SMALL, max_position_embeddings=64, rope_parameters=parameters)).save_pretrained(
+        tmp_path
+    )
+    save_tokenizer(tmp_path)
+    found = transformers_model.load_model(tmp_path, device="cpu", dtype="float32", max_context=0)
+    assert found.runs_in_threads is expected
 
 
 @pytest.fixture

@@ -1,8 +1,16 @@
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.teacher_server.engines.passes import pad_right, plan_rectangles
+from services.teacher_server.engines.passes import (
+    PassLimits,
+    num_passes_at_once,
+    pad_right,
+    plan_passes,
+    plan_rectangles,
+)
+from tests.unit.teacher_server.tiny_teachers import make_request
 
 
 def test_similar_lengths_share_a_rectangle_and_the_longest_come_first() -> None:
@@ -48,3 +56,36 @@ def test_padding_repeats_the_sequences_own_first_id() -> None:
 def test_a_sequence_of_nothing_is_all_padding() -> None:
     assert pad_right([np.array([], np.int32), np.array([5], np.int32)]).tolist() == [[0], [5]]
     assert pad_right([np.array([], np.int32)]).shape == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_threads", "expected"),
+    [
+        ([512] * 16, 2, 2),
+        ([512] * 4, 2, 2),
+        ([512] * 3, 2, 1),
+        ([2048] + [64] * 8, 2, 1),
+        ([40] * 12, 2, 1),
+        ([512] * 16, 1, 1),
+        ([512] * 16, 15, 1),
+        ([], 2, 1),
+    ],
+)
+def test_passes_run_side_by_side_where_every_thread_has_its_share(
+    lengths: list[int], num_threads: int, expected: int
+) -> None:
+    assert num_passes_at_once(lengths, num_threads) == expected
+
+
+def test_side_by_side_there_are_more_and_smaller_passes() -> None:
+    requests = [make_request(seed, num_prompt=8, num_response=56) for seed in range(16)]
+    plans = [
+        plan_passes(
+            requests,
+            PassLimits(max_tokens=4096, max_padding_share=0.1, min_saved_tokens=64, num_workers=num_workers),
+            lambda _: False,
+        )
+        for num_workers in (1, 2)
+    ]
+    assert [len(plan.rectangles) for plan in plans] == [1, 8]
+    assert sorted(index for part in plans[1].rectangles for index in part) == list(range(16))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from opd.errors import NonFiniteError
@@ -113,6 +114,25 @@ def test_sliding_windows_are_not_shared(tmp_path: Path, reports: list[ForwardRep
     save_tokenizer(tmp_path / "gemma")
     check(load(tmp_path / "gemma", reports), tmp_path / "gemma", sibling(1, 6), sibling(2, 6))
     assert sum(report.num_reused_tokens for report in reports) == 0
+
+
+def test_passes_side_by_side_share_prompts_as_well(
+    engine: TransformersEngine, folder: Path, reports: list[ForwardReport]
+) -> None:
+    """Enough tokens for two threads: siblings, strangers and one that is scored alone, twice over."""
+    requests = [sibling(seed, 16) for seed in range(6)]
+    requests += [replace(sibling(20 + start, 20), prompt_token_ids=PROMPT[start : start + 30]) for start in range(10)]
+    requests.append(sibling(40, 6, batch_invariant=True))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(2):
+            check(engine, folder, *requests)
+    finally:
+        torch.set_num_threads(before)
+        engine.close()
+    assert len(reports) > 12
+    assert sum(report.num_reused_tokens for report in reports) == 2 * 6 * 80
 
 
 def test_a_broken_token_in_a_response_is_that_siblings_fault_alone(

@@ -5,7 +5,13 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from services.trainer.evaluation.estimates import gap_recovery, mean_over_problems, pass_at_k
+from services.trainer.evaluation.estimates import (
+    gap_recovery,
+    mean_over_problems,
+    means_over_problems,
+    means_over_rollouts,
+    pass_at_k,
+)
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 5, 8])
@@ -118,3 +124,29 @@ def test_a_loss_is_a_negative_recovery() -> None:
 def test_accuracies_on_other_problems_do_not_pair_up() -> None:
     with pytest.raises(ValueError, match="2, 3 and 2 problems"):
         gap_recovery(np.zeros(2), np.zeros(3), np.zeros(2))
+
+
+def test_rollouts_of_one_problem_are_resampled_together() -> None:
+    """Against resampling written out: whole problems are drawn, and the mean is over the rollouts drawn."""
+    rng = np.random.default_rng(3)
+    problems = rng.integers(0, 12, size=60)
+    values = (rng.uniform(size=60) < problems / 12).astype(np.float64)
+    (found,) = means_over_rollouts(values[:, None], problems.tolist())
+    assert found.value == pytest.approx(values.mean())
+    names = np.unique(problems)
+    means = []
+    for _ in range(4000):
+        drawn = np.concatenate([values[problems == name] for name in rng.choice(names, size=len(names))])
+        means.append(drawn.mean())
+    expected = np.quantile(means, [0.025, 0.975])
+    assert (found.low, found.high) == pytest.approx(tuple(expected), abs=0.03)
+    naive = np.quantile([rng.choice(values, size=60).mean() for _ in range(4000)], [0.025, 0.975])
+    assert found.high - found.low > 1.2 * (naive[1] - naive[0])
+
+
+def test_columns_share_their_resamples() -> None:
+    values = np.random.default_rng(5).uniform(size=(30, 1))
+    both = means_over_problems(np.concatenate([values, 2 * values], axis=1))
+    assert (both[1].low, both[1].high) == pytest.approx((2 * both[0].low, 2 * both[0].high))
+    alone = mean_over_problems(values[:, 0])
+    assert (both[0].value, both[0].low, both[0].high) == pytest.approx((alone.value, alone.low, alone.high))

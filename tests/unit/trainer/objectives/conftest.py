@@ -5,12 +5,13 @@ T positions, V ids, k of both top-k sets.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from opd.types import PAD_ID
+from opd.ops import MASKED_LOGIT
 from services.trainer.objectives import Support
 from services.trainer.objectives.contract import LossInputs
 from services.trainer.objectives.supports import TopKScores, build_support
@@ -41,33 +42,39 @@ class TinyModels:
         *,
         logits_TV: Tensor | None = None,
         valid_T: Tensor | None = None,
-        rollout_logprobs_T: Tensor | None = None,
-        rollout_num_positions_T: Tensor | None = None,
+        **more: Any,
     ) -> LossInputs:
         """Everything at once, with gradient into `logits_TV` (default: the student's own)."""
         student_TV = (self.student_logits_TV if logits_TV is None else logits_TV).log_softmax(-1)
         teacher_TV = self.teacher_logits_TV.log_softmax(-1)
         scores = [
-            TopKScores(
-                ids_Tk=ids,
-                student_logprobs_Tk=student_TV.gather(-1, ids),
-                teacher_logprobs_Tk=teacher_TV.gather(-1, ids),
-            )
+            TopKScores(ids_Tk=ids, teacher_logprobs_Tk=teacher_TV.gather(-1, ids))
             for ids in (self.student_ids_Tk, self.teacher_ids_Tk)
         ]
         chosen = build_support(support, *scores)
         sampled_T1 = self.sampled_T.unsqueeze(-1)
-        return LossInputs(
-            valid_T=torch.ones(len(self.sampled_T), dtype=torch.bool) if valid_T is None else valid_T,
-            support_ids_TK=chosen.ids_TK.masked_fill(~chosen.mask_TK, PAD_ID),
-            support_mask_TK=chosen.mask_TK,
-            student_logprobs_TK=chosen.student_logprobs_TK,
-            teacher_logprobs_TK=chosen.teacher_logprobs_TK,
-            student_sampled_logprobs_T=student_TV.gather(-1, sampled_T1).squeeze(-1),
-            teacher_sampled_logprobs_T=teacher_TV.gather(-1, sampled_T1).squeeze(-1),
-            rollout_logprobs_T=rollout_logprobs_T,
-            rollout_num_positions_T=rollout_num_positions_T,
-        )
+        fields = {
+            "valid_T": torch.ones(len(self.sampled_T), dtype=torch.bool) if valid_T is None else valid_T,
+            "position_T": torch.arange(len(self.sampled_T)),
+            "rollout_index_T": torch.zeros(len(self.sampled_T), dtype=torch.int64),
+            "support_ids_TK": chosen.ids_TK,
+            "support_mask_TK": chosen.mask_TK,
+            # As from the student's forward pass: NaN, without a gradient, in columns that are not used.
+            "student_logprobs_TK": student_TV.gather(-1, chosen.ids_TK.clamp_min(0)).masked_fill(
+                ~chosen.mask_TK, torch.nan
+            ),
+            "teacher_logprobs_TK": chosen.teacher_logprobs_TK,
+            "student_outside_logprobs_T": self._outside(student_TV, chosen.ids_TK),
+            "student_sampled_logprobs_T": student_TV.gather(-1, sampled_T1).squeeze(-1),
+            "teacher_sampled_logprobs_T": teacher_TV.gather(-1, sampled_T1).squeeze(-1),
+            "student_entropy_T": -(student_TV.exp() * student_TV).sum(-1),
+            "full_divergence_T": (student_TV.exp() * (student_TV - teacher_TV)).sum(-1),
+        }
+        return LossInputs(**(fields | more))
+
+    def _outside(self, student_TV: Tensor, ids_TK: Tensor) -> Tensor:
+        inside_TV = (ids_TK.unsqueeze(-1) == torch.arange(student_TV.shape[-1])).any(dim=1)
+        return student_TV.masked_fill(inside_TV, MASKED_LOGIT).logsumexp(-1)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opd.errors import InternalError, NonFiniteError
-from services.trainer.objectives import Aggregation, GradientForm, ObjectiveConfig, Support, SupportWeight
+from services.trainer.objectives import Aggregation, Credit, GradientForm, ObjectiveConfig, Support, SupportWeight
 from services.trainer.objectives.aggregation import denominator
 from services.trainer.objectives.contract import LossInputs
 from services.trainer.objectives.dispatch import build_objective
@@ -23,6 +23,14 @@ CONFIGS = [
     ObjectiveConfig(staleness_cap=1.5),
     ObjectiveConfig(kind="sampled_token"),
     ObjectiveConfig(kind="sampled_token", staleness_cap=1.5),
+    ObjectiveConfig(divergence="forward_kl", position_discount=0.9),
+    ObjectiveConfig(divergence="jsd", beta=0.3, tail="bucket", support="union"),
+    ObjectiveConfig(tail="bucket", outcome={"weight": 0.5}, entropy_bonus=0.1),
+    ObjectiveConfig(horizon={"start": 3}, outcome={"weight": 0.5, "region": "beyond_horizon"}),
+    ObjectiveConfig(kind="grpo", staleness_cap=1.5),
+    ObjectiveConfig(kind="full_vocabulary"),
+    ObjectiveConfig(credit="to_go"),
+    ObjectiveConfig(kind="sampled_token", credit="to_go", position_discount=0.9),
 ]
 
 
@@ -38,12 +46,31 @@ def _inputs(models: Any, config: ObjectiveConfig, lengths: list[int] | None = No
     rollout_T = rollout_T - 0.4 * torch.sin(torch.arange(len(rollout_T)))
     counts = lengths or [len(models.sampled_T)]
     per_position = torch.repeat_interleave(torch.tensor(counts), torch.tensor(counts))
-    return models.inputs(config.support, rollout_logprobs_T=rollout_T, rollout_num_positions_T=per_position, **settings)
+    position_T = torch.cat([torch.arange(count) for count in counts])
+    fields = {
+        "rollout_logprobs_T": rollout_T,
+        "rollout_num_positions_T": per_position,
+        "position_T": position_T,
+        "rollout_index_T": torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)),
+        "supervised_T": position_T < config.horizon.start if config.horizon else None,
+        "advantage_T": torch.sin(per_position.double()),
+    }
+    return models.inputs(config.support, **(fields | settings))
 
 
 def _rows(inputs: LossInputs, rows: Tensor) -> LossInputs:
     fields = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(LossInputs)}
-    return LossInputs(**{name: value[rows] for name, value in fields.items() if value is not None})
+    return LossInputs(**{name: value[rows] for name, value in fields.items() if isinstance(value, Tensor)})
+
+
+def _splits(config: ObjectiveConfig, lengths: list[int]) -> list[list[Tensor]]:
+    """Any rows in any micro-batch; only `to_go` looks at whole rollouts, which then stay together, in any order."""
+    num = sum(lengths)
+    order = torch.randperm(num, generator=torch.Generator().manual_seed(1))
+    if config.credit is Credit.LOCAL:
+        return [list(order.split(sizes)) for sizes in ([5, 5, 5, 5, 4], [1] * num, [23, 1])]
+    whole = torch.arange(num).split(lengths)
+    return [list(whole), [whole[2], torch.cat([whole[3].flip(0), whole[1]]), whole[0]], [order]]
 
 
 def _gradient(losses: list[Tensor], divisor: float, models: Any) -> Tensor:
@@ -64,9 +91,8 @@ def test_any_split_and_order_gives_the_same_step(
     divisor = denominator(aggregation, lengths)
     whole = objective(inputs)
     expected = _gradient([whole.loss_sum], divisor, models)
-    order = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(1))
-    for sizes in ([5, 5, 5, 5, 4], [1] * sum(lengths), [23, 1]):
-        parts = [objective(_rows(inputs, rows)) for rows in order.split(sizes)]
+    for split in _splits(config, lengths):
+        parts = [objective(_rows(inputs, rows)) for rows in split]
         found = _gradient([part.loss_sum for part in parts], divisor, models)
         assert (found - expected).norm() <= tolerance * expected.norm()
         assert sum(part.num_positions for part in parts) == whole.num_positions
@@ -112,6 +138,10 @@ def test_nothing_of_an_invalid_position_or_an_unused_column_leaks(
         "student_sampled_logprobs_T": ~valid_T,
         "teacher_sampled_logprobs_T": ~valid_T,
         "rollout_logprobs_T": ~valid_T,
+        "student_outside_logprobs_T": ~valid_T,
+        "student_entropy_T": ~valid_T,
+        "full_divergence_T": ~valid_T,
+        "advantage_T": ~valid_T,
     }
     # Multiplying instead of filling keeps a path for the gradient, along which 0 * NaN would come back.
     poisoned = {
@@ -135,15 +165,20 @@ def test_nothing_of_an_invalid_position_or_an_unused_column_leaks(
 def test_a_missing_number_that_would_train_is_named(make_models: Make, config: ObjectiveConfig, bad: float) -> None:
     models = make_models(3)
     objective, inputs = build_objective(config), _inputs(models, config)
-    column = int(inputs.support_mask_TK[4].nonzero()[-1])
-    name, index, where = ("teacher_sampled_logprobs_T", (4,), "teacher log-prob of the sampled token at position 4")
-    if objective.needs_student_ids or objective.needs_teacher_ids:
-        token_id = int(inputs.support_ids_TK[4, column])
-        name, index = "teacher_logprobs_TK", (4, column)
-        where = rf"teacher log-prob at position 4, support column {column} \(token id {token_id}\)"
+    needs, index, where = objective.needs, (2,), "position 2 of the micro-batch"
+    if needs.support:
+        column = int(inputs.support_mask_TK[2].nonzero()[-1])
+        name, index, what = "teacher_logprobs_TK", (2, column), "teacher log-prob"
+        where += rf", support column {column} \(token id {int(inputs.support_ids_TK[2, column])}\)"
+    elif needs.teacher_sampled:
+        name, what = "teacher_sampled_logprobs_T", "teacher log-prob of the sampled token"
+    elif needs.full_vocabulary:
+        name, what = "full_divergence_T", "divergence over the vocabulary"
+    else:
+        name, what = "advantage_T", "advantage"
     values = getattr(inputs, name).clone()
     values[index] = bad
-    with pytest.raises(NonFiniteError, match=f"{where} of the micro-batch is {bad}"):
+    with pytest.raises(NonFiniteError, match=f"^{what} at {where} is {bad}: the step was not applied$"):
         objective(dataclasses.replace(inputs, **{name: values}))
 
 
@@ -153,9 +188,9 @@ def test_a_student_that_blew_up_is_named_too(make_models: Make, config: Objectiv
     objective, inputs = build_objective(config), _inputs(models, config)
     broken = {
         name: getattr(inputs, name).detach().clone().index_fill(0, torch.tensor([3]), torch.nan)
-        for name in ("student_logprobs_TK", "student_sampled_logprobs_T")
+        for name in ("student_logprobs_TK", "student_sampled_logprobs_T", "full_divergence_T")
     }
-    with pytest.raises(NonFiniteError, match=r"student log-prob .*position 3"):
+    with pytest.raises(NonFiniteError, match=r"(student log-prob|divergence) .*position 3"):
         objective(dataclasses.replace(inputs, **broken))
 
 
@@ -164,7 +199,26 @@ def test_what_was_left_out_is_named(make_models: Make, config: ObjectiveConfig) 
     models = make_models(5)
     objective = build_objective(config)
     with pytest.raises(InternalError, match="the objective needs LossInputs"):
-        objective(LossInputs(valid_T=models.inputs().valid_T))
+        objective(LossInputs(valid_T=models.inputs().valid_T, position_T=torch.arange(6)))
+
+
+def test_what_lies_beyond_the_horizon_has_no_teacher(make_models: Make) -> None:
+    """Neither its numbers nor their absence reach the signal; the outcome trains there all the same."""
+    models = make_models(7)
+    config = ObjectiveConfig(horizon={"start": 3}, outcome={"weight": 2.0, "region": "beyond_horizon"})
+    inputs = _inputs(models, config)
+    silent = inputs.teacher_logprobs_TK.index_fill(0, torch.arange(3, 6), torch.nan)
+    found = build_objective(config)(dataclasses.replace(inputs, teacher_logprobs_TK=silent))
+    (gradient,) = torch.autograd.grad(found.loss_sum, models.student_logits_TV)
+    plain = ObjectiveConfig()
+    whole = build_objective(plain)(_inputs(models, plain))
+    (expected,) = torch.autograd.grad(whole.loss_sum, models.student_logits_TV)
+    torch.testing.assert_close(gradient[:3], expected[:3], atol=1e-12, rtol=1e-12)
+    onehot = torch.nn.functional.one_hot(models.sampled_T, 9) - models.student_logits_TV.detach().softmax(-1)
+    advantage = inputs.advantage_T.unsqueeze(-1)
+    torch.testing.assert_close(gradient[3:], (-2.0 * advantage * onehot)[3:], atol=1e-12, rtol=1e-12)
+    assert (found.metrics["loss/signal"].count, found.metrics["loss/outcome"].count) == (3, 3)
+    assert found.num_positions == 6
 
 
 def test_a_micro_batch_without_a_valid_position_is_zero(make_models: Make) -> None:

@@ -8,11 +8,16 @@ import torch
 from torch import Tensor
 
 from services.trainer.objectives.aggregation import Reduction
-from services.trainer.objectives.contract import LossInputs
-from services.trainer.objectives.sampled_token import SampledTokenObjective
+from services.trainer.objectives.contract import LossInputs, Needs
+from services.trainer.objectives.objective import Objective, WeightedTerm
+from services.trainer.objectives.sampled_token import SampledToken
 from services.trainer.objectives.top_k import exact_divergence
 
 Make = Callable[..., Any]
+
+
+def _objective(reduction: Reduction | None = None) -> Objective:
+    return Objective(terms=(WeightedTerm(name="signal", term=SampledToken()),), reduction=reduction or Reduction())
 
 
 def _full_divergence_gradient(models: Any) -> Tensor:
@@ -35,7 +40,7 @@ def _expected_gradient(models: Any, loss_of: Callable[[Any], Tensor]) -> Tensor:
 
 def test_value_and_gradient_follow_eq_3(make_models: Make) -> None:
     models = make_models(0)
-    found = SampledTokenObjective()(models.inputs())
+    found = _objective()(models.inputs())
     rows = torch.arange(len(models.sampled_T))
     student, teacher = models.student_logits_TV.detach().log_softmax(-1), models.teacher_logits_TV.log_softmax(-1)
     log_ratio_T = student[rows, models.sampled_T] - teacher[rows, models.sampled_T]
@@ -49,7 +54,7 @@ def test_value_and_gradient_follow_eq_3(make_models: Make) -> None:
 
 def test_it_is_unbiased_for_the_gradient_of_eq_4(make_models: Make) -> None:
     models = make_models(1)
-    found = _expected_gradient(models, lambda case: SampledTokenObjective()(case.inputs()).loss_sum)
+    found = _expected_gradient(models, lambda case: _objective()(case.inputs()).loss_sum)
     torch.testing.assert_close(found, _full_divergence_gradient(models), atol=1e-12, rtol=1e-12)
     assert found.norm() > 0.1
 
@@ -64,7 +69,7 @@ def test_differentiating_the_log_ratio_itself_trains_nothing_in_expectation(make
     (single,) = torch.autograd.grad(buggy(models), models.student_logits_TV)
     assert single.norm() > 0.1, "each sample does have a gradient; only its mean is nothing"
     assert _expected_gradient(models, buggy).norm() < 1e-12
-    ours = _expected_gradient(models, lambda case: SampledTokenObjective()(case.inputs()).loss_sum)
+    ours = _expected_gradient(models, lambda case: _objective()(case.inputs()).loss_sum)
     assert ours.norm() > 0.1
 
 
@@ -92,8 +97,8 @@ def test_staleness_weights_the_position_and_is_held_constant(make_models: Make, 
     learner_T = models.inputs().student_sampled_logprobs_T.detach()
     rollout_T = learner_T + torch.tensor([-2.0, -0.5, 0.0, 0.3, 1.0, -800.0], dtype=torch.float64)
     inputs = models.inputs(rollout_logprobs_T=rollout_T)
-    found = SampledTokenObjective(reduction=Reduction(staleness_cap=cap))(inputs)
-    plain = SampledTokenObjective()(inputs)
+    found = _objective(Reduction(staleness_cap=cap))(inputs)
+    plain = _objective()(inputs)
     ratios = [min(float(torch.exp(torch.clamp(gap, max=700))), cap) for gap in learner_T - rollout_T]
     weights = torch.tensor(ratios, dtype=torch.float64)
     torch.testing.assert_close(found.position_loss_T, plain.position_loss_T * weights, atol=1e-10, rtol=1e-10)
@@ -110,7 +115,7 @@ def test_staleness_corrects_an_old_samplers_expectation(make_models: Make) -> No
     """Tokens drawn by an older student, weighted by an uncapped ratio, still give the learner's own gradient."""
     models = make_models(4)
     old_TV = (models.student_logits_TV.detach() * 0.5).log_softmax(-1)
-    objective = SampledTokenObjective(reduction=Reduction(staleness_cap=1e9))
+    objective = _objective(Reduction(staleness_cap=1e9))
     total = torch.zeros_like(old_TV)
     for v in range(old_TV.shape[-1]):
         models.sampled_T.fill_(v)
@@ -121,9 +126,8 @@ def test_staleness_corrects_an_old_samplers_expectation(make_models: Make) -> No
 
 
 def test_it_needs_the_sampled_token_and_no_support(make_models: Make) -> None:
-    objective = SampledTokenObjective()
-    needs = objective.needs_student_ids, objective.needs_teacher_ids, objective.needs_teacher_top_k
-    assert objective.needs_sampled and not any(needs)
+    objective = _objective()
+    assert objective.needs == Needs(sampled=True, teacher_sampled=True)
     inputs = make_models(5).inputs()
     bare = LossInputs(
         valid_T=inputs.valid_T,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from services.trainer.objectives import GradientForm, Support, SupportWeight
-from services.trainer.objectives.top_k import TopKObjective
+from services.trainer.objectives.objective import Objective, WeightedTerm
+from services.trainer.objectives.top_k import TopK
 
 Make = Callable[..., Any]
 
@@ -77,8 +78,13 @@ def _policy_by_hand(
     return losses, gradient
 
 
-def _gradient(objective: TopKObjective, models: Any) -> Tensor:
-    (gradient,) = torch.autograd.grad(objective(models.inputs(objective.support)).loss_sum, models.student_logits_TV)
+def _reduced(term: TopK) -> Objective:
+    """The term alone, summed."""
+    return Objective(terms=(WeightedTerm(name="signal", term=term),))
+
+
+def _gradient(term: TopK, models: Any) -> Tensor:
+    (gradient,) = torch.autograd.grad(_reduced(term)(models.inputs(term.support)).loss_sum, models.student_logits_TV)
     return gradient
 
 
@@ -86,8 +92,8 @@ def _gradient(objective: TopKObjective, models: Any) -> Tensor:
 @pytest.mark.parametrize("seed", range(3))
 def test_exact_matches_eq_5_and_its_gradient(make_models: Make, support: Support, seed: int) -> None:
     models = make_models(seed)
-    objective = TopKObjective(gradient=GradientForm.EXACT, support=support)
-    found = objective(models.inputs(support))
+    objective = TopK(gradient=GradientForm.EXACT, support=support)
+    found = _reduced(objective)(models.inputs(support))
     losses, gradient = _exact_by_hand(models, support)
     torch.testing.assert_close(found.position_loss_T.tolist(), losses, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(found.loss_sum.item(), sum(losses), atol=1e-12, rtol=1e-12)
@@ -97,11 +103,11 @@ def test_exact_matches_eq_5_and_its_gradient(make_models: Make, support: Support
 @pytest.mark.parametrize("support", list(Support))
 def test_exact_matches_finite_differences(make_models: Make, support: Support) -> None:
     models = make_models(5)
-    objective = TopKObjective(support=support)
+    objective = TopK(support=support)
 
     def loss(logits_TV: Tensor) -> Tensor:
         # The support stays the rollout's own while the logits move: S is a constant of the loss.
-        return objective(models.inputs(support, logits_TV=logits_TV)).loss_sum
+        return _reduced(objective)(models.inputs(support, logits_TV=logits_TV)).loss_sum
 
     assert torch.autograd.gradcheck(loss, models.student_logits_TV)
 
@@ -113,9 +119,9 @@ def test_policy_matches_its_formula(
     make_models: Make, support: Support, weight: SupportWeight, renormalize: bool
 ) -> None:
     models = make_models(1)
-    objective = TopKObjective(gradient=GradientForm.POLICY, support=support, weight=weight, renormalize=renormalize)
+    objective = TopK(gradient=GradientForm.POLICY, support=support, weight=weight, renormalize=renormalize)
     losses, gradient = _policy_by_hand(models, support, weight, renormalize)
-    found = objective(models.inputs(support)).position_loss_T
+    found = _reduced(objective)(models.inputs(support)).position_loss_T
     torch.testing.assert_close(found.tolist(), losses, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(_gradient(objective, models), gradient, atol=1e-12, rtol=1e-12)
 
@@ -124,7 +130,7 @@ def test_policy_matches_its_formula(
 def test_policy_gradient_matches_finite_differences_of_its_surrogate(make_models: Make, weight: SupportWeight) -> None:
     """With the stopped factors frozen at the current student, the surrogate is an ordinary function of the logits."""
     models = make_models(2)
-    objective = TopKObjective(gradient=GradientForm.POLICY, weight=weight)
+    objective = TopK(gradient=GradientForm.POLICY, weight=weight)
     ids = models.student_ids_Tk
     student = models.student_logits_TV.detach().log_softmax(-1).gather(-1, ids)
     teacher = models.teacher_logits_TV.log_softmax(-1).gather(-1, ids)
@@ -161,8 +167,8 @@ def test_policy_is_exact_plus_what_moves_the_mass_of_the_support(make_models: Ma
             # grad log P_S in logit v is p(v) (1[v in S] / P_S - 1).
             slope = student[v] * ((v in ids) / student_mass - 1)
             mass_gradient[position, v] = (divergence + math.log(student_mass / teacher_mass)) * slope
-    exact = _gradient(TopKObjective(gradient=GradientForm.EXACT, support=support), models)
-    policy = _gradient(TopKObjective(gradient=GradientForm.POLICY, support=support), models)
+    exact = _gradient(TopK(gradient=GradientForm.EXACT, support=support), models)
+    policy = _gradient(TopK(gradient=GradientForm.POLICY, support=support), models)
     torch.testing.assert_close(policy, exact + mass_gradient, atol=1e-12, rtol=1e-12)
     assert mass_gradient.norm() > 1e-3, "the two forms must differ for the identity to say anything"
 
@@ -175,8 +181,10 @@ def test_on_the_whole_vocabulary_all_forms_are_the_full_divergence(make_models: 
     (expected,) = torch.autograd.grad(full_T.sum(), models.student_logits_TV, retain_graph=True)
     for gradient in GradientForm:
         renormalized = renormalize or gradient is GradientForm.EXACT
-        objective = TopKObjective(gradient=gradient, renormalize=renormalized)
-        torch.testing.assert_close(objective(models.inputs()).position_loss_T, full_T.detach(), atol=1e-12, rtol=1e-12)
+        objective = TopK(gradient=gradient, renormalize=renormalized)
+        torch.testing.assert_close(
+            _reduced(objective)(models.inputs()).position_loss_T, full_T.detach(), atol=1e-12, rtol=1e-12
+        )
         torch.testing.assert_close(_gradient(objective, models), expected, atol=1e-12, rtol=1e-12)
 
 
@@ -187,8 +195,8 @@ def test_a_teacher_equal_to_the_student_teaches_nothing(
 ) -> None:
     models = make_models(6)
     models.teacher_logits_TV.copy_(models.student_logits_TV.detach() + 3.0)
-    objective = TopKObjective(gradient=gradient, support=support)
-    found = objective(models.inputs(support))
+    objective = TopK(gradient=gradient, support=support)
+    found = _reduced(objective)(models.inputs(support))
     assert abs(found.loss_sum.item()) < 1e-12
     assert _gradient(objective, models).norm() < 1e-12
     assert found.num_positions == len(models.sampled_T)
@@ -196,8 +204,8 @@ def test_a_teacher_equal_to_the_student_teaches_nothing(
 
 def test_at_top_1_exact_is_identically_zero_and_policy_trains(make_models: Make) -> None:
     models = make_models(7, score_top_k=1)
-    exact, policy = TopKObjective(), TopKObjective(gradient=GradientForm.POLICY)
-    found = exact(models.inputs())
+    exact, policy = TopK(), TopK(gradient=GradientForm.POLICY)
+    found = _reduced(exact)(models.inputs())
     assert found.loss_sum.item() == 0.0 and not _gradient(exact, models).any()
     assert found.metrics["loss/small_support_fraction"].value == 1.0
     gradient = _gradient(policy, models)
@@ -216,9 +224,9 @@ def test_exact_is_blind_to_a_constant_per_row_and_policy_is_not(make_models: Mak
     shift = torch.linspace(-3, 3, len(models.sampled_T), dtype=torch.float64).unsqueeze(-1)
     fields = {name: getattr(inputs, name) for name in ("valid_T", "support_mask_TK", "teacher_logprobs_TK")}
     moved = type(inputs)(student_logprobs_TK=inputs.student_logprobs_TK + shift, **fields)
-    exact, policy = TopKObjective(), TopKObjective(gradient=GradientForm.POLICY)
-    torch.testing.assert_close(exact(moved).position_loss_T, exact(inputs).position_loss_T, atol=1e-12, rtol=1e-12)
-    assert (policy(moved).position_loss_T - policy(inputs).position_loss_T).abs().max() > 0.1
+    exact, policy = TopK(), TopK(gradient=GradientForm.POLICY)
+    torch.testing.assert_close(exact(moved).loss_T, exact(inputs).loss_T, atol=1e-12, rtol=1e-12)
+    assert (policy(moved).loss_T - policy(inputs).loss_T).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("gradient", list(GradientForm))
@@ -228,7 +236,8 @@ def test_empty_supports_lose_nothing_and_stay_in_the_denominator(make_models: Ma
     mask = inputs.support_mask_TK.clone()
     mask[2], mask[4, 1:] = False, False
     fields = {name: getattr(inputs, name) for name in ("valid_T", "student_logprobs_TK", "teacher_logprobs_TK")}
-    found = TopKObjective(gradient=gradient, support=Support.OVERLAP)(type(inputs)(support_mask_TK=mask, **fields))
+    term = TopK(gradient=gradient, support=Support.OVERLAP)
+    found = _reduced(term)(type(inputs)(support_mask_TK=mask, **fields))
     assert found.position_loss_T[2] == 0.0
     assert found.num_positions == found.metrics["loss/objective"].count == len(models.sampled_T)
     (slope,) = torch.autograd.grad(found.loss_sum, models.student_logits_TV)
@@ -239,19 +248,12 @@ def test_empty_supports_lose_nothing_and_stay_in_the_denominator(make_models: Ma
 
 
 def test_what_each_support_needs_is_said() -> None:
-    needs = {
-        support: (
-            TopKObjective(support=support).needs_student_ids,
-            TopKObjective(support=support).needs_teacher_ids,
-            TopKObjective(support=support).needs_teacher_top_k,
-        )
-        for support in Support
+    needs = {support: TopK(support=support).needs for support in Support}
+    assert {support: (found.candidates, found.teacher_top_k) for support, found in needs.items()} == {
+        Support.STUDENT: (True, False),
+        Support.TEACHER: (False, True),
+        Support.OVERLAP: (False, True),
+        Support.NON_OVERLAP: (True, True),
+        Support.UNION: (True, True),
     }
-    assert needs == {
-        Support.STUDENT: (True, False, False),
-        Support.TEACHER: (False, True, True),
-        Support.OVERLAP: (True, False, True),
-        Support.NON_OVERLAP: (True, True, True),
-        Support.UNION: (True, True, True),
-    }
-    assert not TopKObjective().needs_sampled
+    assert not any(found.sampled or found.teacher_sampled or found.outside for found in needs.values())

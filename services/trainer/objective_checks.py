@@ -1,0 +1,60 @@
+"""What an objective asks of the rest of a configuration. Light: no torch."""
+
+from typing import TYPE_CHECKING, Any
+
+from opd.types import Encoding
+from services.trainer.objectives.config import ObjectiveKind, Tail
+
+if TYPE_CHECKING:
+    from services.trainer.config import TrainSettings
+
+GRPO_GROUP = 8
+"""Rollouts of a prompt in the paper's GRPO runs (A.1)."""
+
+
+def with_group_size(values: Any) -> Any:
+    """Raw settings with the paper's group size where GRPO was chosen and no size given."""
+    if not isinstance(values, dict):
+        return values
+    objective, rollout = values.get("objective"), values.get("rollout", {})
+    if not (isinstance(objective, dict) and isinstance(rollout, dict) and objective.get("kind") == ObjectiveKind.GRPO):
+        return values
+    return values | {"rollout": {"rollouts_per_prompt": GRPO_GROUP} | rollout}
+
+
+def check_objective(settings: "TrainSettings") -> None:
+    """Raises `ValueError` naming the two settings that contradict each other, and the way out."""
+    objective = settings.objective
+    if objective.kind is ObjectiveKind.FULL_VOCABULARY:
+        _check_reaches_hidden_states(settings)
+    if objective.tail is Tail.BUCKET:
+        _check_encoding(settings)
+    if objective.uses_outcome and settings.rollout.rollouts_per_prompt < 2:
+        raise ValueError(
+            "rollout.rollouts_per_prompt=1: a verified answer is compared with the others of its prompt; give 2 or more"
+        )
+    if not objective.uses_teacher and (settings.teachers or settings.data.teacher_column):
+        raise ValueError(
+            f"objective.kind={objective.kind} has no teacher: remove [teachers] and data.teacher_column, or choose "
+            "another kind"
+        )
+
+
+def _check_reaches_hidden_states(settings: "TrainSettings") -> None:
+    scheme = settings.teacher.url.partition("://")[0]
+    if scheme not in ("grpc", "grpcs"):
+        shown = f"{scheme}://..." if scheme else "(empty)"
+        raise ValueError(
+            f"objective.kind=full_vocabulary with teacher.url={shown}: hidden states "
+            "travel over gRPC alone; set teacher.url to grpc://HOST:PORT"
+        )
+
+
+def _check_encoding(settings: "TrainSettings") -> None:
+    for name, teacher in settings.teachers_by_name().items():
+        if teacher.encoding is not Encoding.FLOAT32:
+            field = f"teachers.{name}.encoding" if name else "teacher.encoding"
+            raise ValueError(
+                f"objective.tail=bucket with {field}={teacher.encoding}: the mass outside the support is what rounding "
+                f"leaves of the rest; set {field}=float32"
+            )

@@ -1,0 +1,126 @@
+"""The gradient probe in a real loop of tiny models, against gradients taken one by one in float64."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from opd.errors import CheckpointError
+from services.trainer.batch import ScoredRollout, build_batch
+from services.trainer.loop import StepRecord
+from services.trainer.probe import PROBE_FILE, GradientProbe, read_probe, spread, write_probe
+from tests.unit.trainer.test_batch import scored
+from tests.unit.trainer.tiny_training import Setup
+
+KEY = "distill/gradient_coherence"
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[Setup, list[StepRecord]]:
+    setup = Setup(num_steps=4, prompts_per_step=5, rollouts_per_prompt=2)
+    loop, records = setup.loop(), []
+    loop.run(records.append)
+    return setup, records
+
+
+def make_probe(setup: Setup, folder: Path, **changes: Any) -> GradientProbe:
+    settings = {"every_steps": 2, "num_rollouts": 8, "path": folder / PROBE_FILE} | changes
+    return GradientProbe(
+        lambda items: setup.loss(build_batch(items)).loss_sum, setup.student_model.parameters(), **settings
+    )
+
+
+def test_it_is_what_gradients_taken_one_by_one_say(trained: tuple[Setup, list[StepRecord]], tmp_path: Path) -> None:
+    setup, records = trained
+    found = make_probe(setup, tmp_path).measure(records[0])[KEY]
+    gradients = []
+    for item in spread(records[0].scored)[:8]:
+        setup.student_model.zero_grad(set_to_none=True)
+        setup.loss(build_batch([item])).loss_sum.backward()
+        parts = [p.grad.double().flatten() for p in setup.student_model.parameters() if p.grad is not None]
+        gradients.append(torch.cat(parts).numpy())
+    setup.student_model.zero_grad(set_to_none=True)
+    expected = np.linalg.norm(np.mean(gradients, axis=0)) / np.mean([np.linalg.norm(g) for g in gradients])
+    assert 0 < expected < 1
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_it_is_measured_at_first_and_every_so_many_steps_on_the_same_rollouts(
+    trained: tuple[Setup, list[StepRecord]], tmp_path: Path
+) -> None:
+    setup, records = trained
+    probe = make_probe(setup, tmp_path)
+    found = [probe.measure(record) for record in records]
+    assert [bool(metrics) for metrics in found] == [True, True, False, True]
+    # The weights are the last ones throughout, and the probe is the first step's.
+    assert found[0] == found[1] == found[3]
+    resumed = make_probe(setup, tmp_path)
+    assert resumed.measure(records[2]) == {}
+    assert resumed.measure(records[3]) == found[0]
+    assert make_probe(setup, tmp_path, every_steps=0).measure(records[0]) == {}
+
+
+def test_too_few_rollouts_make_no_probe(trained: tuple[Setup, list[StepRecord]], tmp_path: Path) -> None:
+    setup, records = trained
+    few = dataclasses.replace(records[0], scored=records[0].scored[:7])
+    assert make_probe(setup, tmp_path).measure(few) == {}
+    assert not (tmp_path / PROBE_FILE).exists()
+
+
+def test_measuring_leaves_the_weights_and_their_gradients_alone(
+    trained: tuple[Setup, list[StepRecord]], tmp_path: Path
+) -> None:
+    setup, records = trained
+    before = setup.parameters()
+    make_probe(setup, tmp_path).measure(records[0])
+    assert torch.equal(before, setup.parameters())
+    assert all(parameter.grad is None for parameter in setup.student_model.parameters())
+
+
+def test_a_device_without_room_goes_on_without_the_metric(
+    trained: tuple[Setup, list[StepRecord]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = []
+
+    def loss(items: Any) -> torch.Tensor:
+        calls.append(items)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return trained[0].loss(build_batch(items)).loss_sum
+
+    parameters = trained[0].student_model.parameters()
+    probe = GradientProbe(loss, parameters, every_steps=1, num_rollouts=8, path=tmp_path / PROBE_FILE)
+    assert [probe.measure(record) for record in trained[1]] == [{}] * 4
+    assert len(calls) == 3 and len(caplog.records) == 1
+    assert "no memory for two more copies of the gradient" in caplog.text
+
+
+def in_group(name: str, group: int) -> ScoredRollout:
+    item = scored(name, [5], [8, 9])
+    return dataclasses.replace(item, rollout=dataclasses.replace(item.rollout, group=group))
+
+
+def test_every_prompt_has_one_rollout_before_any_has_two() -> None:
+    items = [in_group(f"{group}{turn}", group) for group in range(3) for turn in "abc"]
+    names = [item.rollout.rollout_id for item in spread(items)]
+    assert names == ["0a", "1a", "2a", "0b", "1b", "2b", "0c", "1c", "2c"]
+
+
+def test_a_probe_comes_back_from_disk_as_it_was(trained: tuple[Setup, list[StepRecord]], tmp_path: Path) -> None:
+    items = [*trained[1][0].scored, in_group("none", 3)]
+    write_probe(tmp_path / PROBE_FILE, items)
+    for item, again in zip(items, read_probe(tmp_path / PROBE_FILE), strict=True):
+        for part in ("rollout", "scores"):
+            for field in dataclasses.fields(getattr(item, part)):
+                value, found = (getattr(getattr(x, part), field.name) for x in (item, again))
+                assert type(value) is type(found), field.name
+                np.testing.assert_array_equal(value, found)
+
+
+def test_a_broken_probe_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / PROBE_FILE).write_bytes(b"PK\x03\x04 and nothing more")
+    with pytest.raises(CheckpointError, match=r"probe\.npz: is no probe of this version .*; remove it"):
+        read_probe(tmp_path / PROBE_FILE)
