@@ -133,7 +133,7 @@ def _fine_tune(
 
         summary = run.train(checkpoint, on_step)
     draw_loss_curve(read_steps(folder), settings.run_dir / CURVE_FILE)
-    _save_model(loaded, selection, settings.run_dir / MODEL_FOLDER)
+    save_model(loaded, selection, settings.run_dir / MODEL_FOLDER)
     # Only a checkpoint's weights are in it that the model folder has too.
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return summary
@@ -153,7 +153,7 @@ def _finished(run_dir: Path, plan: SftPlan) -> dict[str, Any] | None:
     return summary
 
 
-def _save_model(loaded: LoadedModel, selection: Selection, folder: Path) -> None:
+def save_model(loaded: LoadedModel, selection: Selection, folder: Path) -> None:
     """A folder that `opd train student.model=` takes; whole once it has its name."""
     # A response may end as the teacher's do: whoever samples this student has to know that it then has ended.
     ends = {example.response_token_ids[-1] for example in selection.examples}

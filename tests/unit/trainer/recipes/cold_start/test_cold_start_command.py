@@ -20,8 +20,9 @@ from services.trainer.prompts import PromptProblem, PromptView, load_problems, t
 from services.trainer.recipes.cold_start.command import run_cold_start, train_overrides
 from services.trainer.recipes.cold_start.config import ColdStartSettings
 from services.trainer.recipes.cold_start.rollout_file import TeacherRollout
-from services.trainer.recipes.cold_start.selection import ExampleBuilder, select
-from services.trainer.recipes.cold_start.stages import Stage
+from services.trainer.recipes.cold_start.selection import ExampleBuilder, Selection, select
+from services.trainer.recipes.cold_start.stages import Stage, save_model
+from services.trainer.recipes.sft.packing import SftExample
 
 ROOT = Path(__file__).parents[5]
 MODELS = ROOT / "testbed" / "models"
@@ -163,6 +164,16 @@ def _wait_for(folder: Path, pattern: str, process: "subprocess.Popen[bytes]") ->
             return
         assert time.monotonic() < deadline, pattern
         time.sleep(0.02)
+
+
+def test_the_student_knows_that_a_response_ends_as_the_teachers_do(tmp_path: Path) -> None:
+    """A teacher that ends on another id than the student's own EOS."""
+    loaded = load_model(str(MODELS / "student-base"))
+    assert loaded.eos_token_ids == (2,)
+    example = SftExample(name="0.0", prompt_token_ids=(5,), response_token_ids=(6, 9))
+    selection = Selection(examples=(example,), kept=(), dropped=(), shares_vocabulary=True)
+    save_model(loaded, selection, tmp_path / "model")
+    assert load_model(str(tmp_path / "model")).eos_token_ids == (2, 9)
 
 
 def test_with_another_vocabulary_the_text_is_tokenized_anew(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_settings_that_contradict_each_other_name_field_and_way_out() -> None:
         ([source, "output=x.jsonl", "mix.num_rows=3"], "set mix.enabled=true"),
         ([source, "output=x.jsonl", "mix.enabled=true", "sources.a.weight=0"], "every weight is 0"),
         ([source, "output=x.jsonl", "semantic.enabled=true"], "nothing is compared"),
-        ([source, "output=x.jsonl", "semantic.treshold=0.5"], "did you mean threshold"),
+        ([source, "output=x.jsonl", "semantic.thresh=0.5"], "did you mean threshold"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_settings(DataRecipeSettings, None, overrides)

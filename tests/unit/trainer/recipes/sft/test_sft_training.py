@@ -97,6 +97,8 @@ def test_it_learns_and_says_the_loss_before_and_after(tmp_path: Path) -> None:
     assert [record["step"] for record in records] == list(range(summary["steps"] + 1))
     assert VALIDATION_LOSS in records[0] and LOSS not in records[0]
     assert summary["response_tokens"] == 8 * 54 * 3
+    rates = [record["optim/lr"] for record in records[1:]]
+    assert rates == pytest.approx([1e-2 * cosine_factor(step, len(rates), 0.05) for step in range(len(rates))])
     draw_loss_curve(records, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
