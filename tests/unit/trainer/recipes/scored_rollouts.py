@@ -29,6 +29,7 @@ def scored(model: Any, teacher: Any, prompt: list[int], response: list[int]) -> 
     )  # fmt: skip
     asked = ScoreRequest(
         rollout_id=request.rollout_id, tenant="t", teacher="t", prompt_token_ids=request.prompt_token_ids,
-        response_token_ids=ids, candidate_token_ids=own.topk_token_ids, score_top_k=K,
+        response_token_ids=ids, candidate_token_ids=own.topk_token_ids, score_top_k=K, wants_sampled=True,
+        wants_entropy=True,
     )  # fmt: skip
     return ScoredRollout(rollout=rollout, scores=exact_scores(teacher, asked))
