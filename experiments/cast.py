@@ -45,13 +45,17 @@ COLD_START = Command(
     name="cold-start",
     arguments=(
         "student.model={student}", "teacher.model={teacher}", 'data.files=["{data}/train_2.jsonl"]', "data.share=1.0",
-        "data.template=dapo", "rollout.max_prompt_tokens=256", "rollout.max_response_tokens=320",
-        "sft.sequence_tokens=1024", "sft.rows_per_batch=4", "sft.max_micro_batch_tokens=4096", "sft.num_epochs=3",
-        "sft.optim.lr=8e-4", "run_dir={output}",
+        "data.template=dapo", "rollout.rollouts_per_prompt=8", "rollout.max_prompt_tokens=256",
+        "rollout.max_response_tokens=320", "sft.sequence_tokens=1024", "sft.rows_per_batch=4",
+        "sft.max_micro_batch_tokens=4096", "sft.num_epochs=2", "sft.optim.lr=1.5e-3", "run_dir={output}",
     ),
     student=BASE,
     teacher=OTHER,
     product="model",
-    minutes=3.0,
+    minutes=9.0,
 )  # fmt: skip
-"""Supervised training on `teacher-other`'s own solutions of prompts that the distillation afterwards does not use."""
+"""Supervised training on `teacher-other`'s own solutions of prompts that the distillation afterwards does not use.
+
+A new way to solve takes a model of this size many examples: after one solution of each prompt, three times over, it had
+lost its old way and not learned the new one (accuracy 0.59 before, 0.10 after), after four of each 0.19.
+"""
