@@ -57,5 +57,6 @@ COLD_START = Command(
 """Supervised training on `teacher-other`'s own solutions of prompts that the distillation afterwards does not use.
 
 A new way to solve takes a model of this size many examples: after one solution of each prompt, three times over, it had
-lost its old way and not learned the new one (accuracy 0.59 before, 0.10 after), after four of each 0.19.
+lost its old way and not learned the new one (accuracy 0.59 before, 0.10 after); after four of each it had 0.19, after
+eight of each, twice over, 0.79.
 """
