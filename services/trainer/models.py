@@ -7,6 +7,7 @@ the path and the way out, before anything else is started.
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _INDEX_FILE = "model.safetensors.index.json"
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+# Of a configuration: what changes with the place and the tool that wrote it and not with what the model computes.
+_VOLATILE_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -38,7 +41,7 @@ class LoadedModel:
     """Every id that ends a response, from the generation settings and the tokenizer."""
     vocabulary: Vocabulary
     fingerprint: str
-    """Hash of weights, defined ids and dtype: equal fingerprints sample from equal distributions."""
+    """See `model_fingerprint`: equal fingerprints sample from equal distributions."""
 
     @property
     def num_defined_ids(self) -> int:
@@ -58,13 +61,14 @@ def load_model(path_or_name: str, *, device: str = "auto", dtype: str = "float32
     tokenizer = load_tokenizer(path_or_name)
     model = _load_weights(path_or_name, _DTYPES[dtype]).to(place).eval()
     vocabulary = describe_vocabulary(tokenizer)
+    eos_token_ids = _eos_token_ids(model, tokenizer, path_or_name)
     return LoadedModel(
         name=Path(path_or_name).name if Path(path_or_name).is_dir() else path_or_name,
         model=model,
         tokenizer=tokenizer,
-        eos_token_ids=_eos_token_ids(model, tokenizer, path_or_name),
+        eos_token_ids=eos_token_ids,
         vocabulary=vocabulary,
-        fingerprint=weights_fingerprint(model, vocabulary),
+        fingerprint=model_fingerprint(model, vocabulary, eos_token_ids),
     )
 
 
@@ -94,9 +98,11 @@ def load_tokenizer(path_or_name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def weights_fingerprint(model: PreTrainedModel, vocabulary: Vocabulary) -> str:
-    """Hash over every weight's name, dtype, shape and bytes and over the id map."""
-    digest = hashlib.sha256(vocabulary.id_map_hash.encode())
+def model_fingerprint(model: PreTrainedModel, vocabulary: Vocabulary, eos_token_ids: Sequence[int]) -> str:
+    """Hash over id map, ids that end a response, configuration, and every weight's name, dtype, shape and bytes."""
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _VOLATILE_KEYS}
+    of = [vocabulary.id_map_hash, sorted(eos_token_ids), config]
+    digest = hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)

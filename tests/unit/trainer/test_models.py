@@ -77,6 +77,32 @@ def test_the_fingerprint_follows_the_weights_and_the_dtype(tmp_path: Path, folde
     assert len({fingerprint, load(other).fingerprint, load(folder, dtype="bfloat16").fingerprint}) == 3
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("config.json", "rms_norm_eps", 1e-3),
+        ("config.json", "rope_parameters", {"rope_theta": 500.0, "rope_type": "default"}),
+        ("generation_config.json", "eos_token_id", [2, 3]),
+    ],
+)
+def test_the_fingerprint_follows_what_the_weights_do_not_tell(name: str, key: str, value: Any, folder: Path) -> None:
+    fingerprint = load(folder).fingerprint
+    content = json.loads((folder / name).read_text(encoding="utf-8"))
+    assert content[key] != value
+    (folder / name).write_text(json.dumps(content | {key: value}), encoding="utf-8")
+    assert load(folder).fingerprint != fingerprint
+
+
+def test_the_fingerprint_does_not_follow_the_tool_that_wrote_the_folder(tmp_path: Path, folder: Path) -> None:
+    again = tmp_path / "again"
+    loaded = load(folder)
+    loaded.model.save_pretrained(again)
+    loaded.tokenizer.save_pretrained(again)
+    content = json.loads((again / "config.json").read_text(encoding="utf-8"))
+    (again / "config.json").write_text(json.dumps(content | {"transformers_version": "5.0.0", "use_cache": False}))
+    assert load(again).fingerprint == loaded.fingerprint
+
+
 def without_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
