@@ -112,16 +112,18 @@ def _fine_tune(
 ) -> dict[str, Any]:
     if not selection.examples:
         raise ConfigError("filters: no response is left to train on; see dropped.jsonl for the reasons")
-    plan = plan_steps(selection.examples, settings.sft, max_tokens=max_tokens, seed=settings.seed)
+    loaded = load_model(settings.student.model, device=settings.student.device)
+    plan = plan_steps(
+        selection.examples, settings.sft, student=loaded.fingerprint, max_tokens=max_tokens, seed=settings.seed
+    )
     folder = settings.run_dir / SFT_FOLDER
     finished = _finished(settings.run_dir, plan)
     if finished is not None:
         say("the fine-tuning is finished already")
         return finished
     checkpoint = starting_point(folder, plan)
-    loaded = load_model(
-        str(checkpoint.folder) if checkpoint else settings.student.model, device=settings.student.device
-    )
+    if checkpoint is not None:
+        loaded = load_model(str(checkpoint.folder), device=settings.student.device)
     run = SftRun(loaded, plan, settings.sft, folder=folder, seed=settings.seed)
     with progress("fine-tuning", len(plan.steps)) as advance:
         advance(checkpoint.state.step if checkpoint else 0)
@@ -140,15 +142,15 @@ def _fine_tune(
 
 
 def _finished(run_dir: Path, plan: SftPlan) -> dict[str, Any] | None:
-    """The summary of a run that came to its end and left its model; `CheckpointError` when of other examples."""
+    """The summary of a run that came to its end and left its model; `CheckpointError` when of another plan."""
     path = run_dir / SFT_FOLDER / SUMMARY_FILE
     if not path.is_file() or not (run_dir / MODEL_FOLDER).is_dir():
         return None
     summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if summary.get("digest") != plan.digest:
         raise CheckpointError(
-            f"{run_dir}: its model was made from other examples or settings; remove its folders {SFT_FOLDER} and "
-            f"{MODEL_FOLDER}, or use another run_dir"
+            f"{run_dir}: its model was made from another student, examples or settings; remove its folders "
+            f"{SFT_FOLDER} and {MODEL_FOLDER}, or use another run_dir"
         )
     return summary
 

@@ -46,15 +46,20 @@ class SftPlan:
     steps: tuple[Rows, ...]
     validation: tuple[SftExample, ...]
     digest: str
-    """Of examples, settings and seed: a checkpoint of another plan is not this run's."""
+    """Of student, examples, settings and seed: a checkpoint of another plan is not this run's."""
 
     @property
     def num_rows(self) -> int:
         return sum(len(rows) for rows in self.steps)
 
 
-def plan_steps(examples: Sequence[SftExample], settings: SftSettings, *, max_tokens: int, seed: int) -> SftPlan:
-    """Shuffles, holds out, packs. `ConfigError` when nothing is left to train on."""
+def plan_steps(
+    examples: Sequence[SftExample], settings: SftSettings, *, student: str, max_tokens: int, seed: int
+) -> SftPlan:
+    """Shuffles, holds out, packs, for the student with the fingerprint `student`.
+
+    `ConfigError` when nothing is left to train on.
+    """
     order = np.random.default_rng([seed, 0]).permutation(len(examples))
     shuffled = [examples[place] for place in order]
     num_held = min(_MAX_VALIDATION, math.ceil(len(examples) * settings.validation_share))
@@ -70,7 +75,7 @@ def plan_steps(examples: Sequence[SftExample], settings: SftSettings, *, max_tok
         places = np.random.default_rng([seed, 1, epoch]).permutation(len(training))
         rows = pack_rows([training[place] for place in places], max_tokens, packing=settings.packing)
         steps += [rows[start : start + rows_per_step] for start in range(0, len(rows), rows_per_step)]
-    return SftPlan(steps=tuple(steps), validation=tuple(validation), digest=_digest(steps, settings, seed))
+    return SftPlan(steps=tuple(steps), validation=tuple(validation), digest=_digest(student, steps, settings, seed))
 
 
 class SftRun:
@@ -187,7 +192,7 @@ def starting_point(folder: Path, plan: SftPlan) -> Checkpoint | None:
     checkpoint = CheckpointStore(folder / "checkpoints", keep_last=1).latest()
     if checkpoint is not None and checkpoint.state.prompts_digest != plan.digest:
         raise CheckpointError(
-            f"{folder}: holds a run on other examples or settings; remove that folder or use another run_dir"
+            f"{folder}: holds a run of another student, examples or settings; remove that folder or use another run_dir"
         )
     return checkpoint
 
@@ -204,9 +209,9 @@ def split_rows(rows: Sequence[list[SftExample]], max_tokens: int) -> list[Rows]:
     return parts
 
 
-def _digest(steps: Sequence[Rows], settings: SftSettings, seed: int) -> str:
+def _digest(student: str, steps: Sequence[Rows], settings: SftSettings, seed: int) -> str:
     fixed = settings.model_dump_json(exclude=_NO_MATTER)
-    digest = hashlib.sha256(f"{seed} {fixed}".encode())
+    digest = hashlib.sha256(f"{student} {seed} {fixed}".encode())
     for rows in steps:
         for row in rows:
             for example in row:

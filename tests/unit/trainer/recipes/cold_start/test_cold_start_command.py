@@ -93,9 +93,11 @@ def test_the_same_command_again_does_nothing_anew(finished: Path) -> None:
     assert (finished / "model/model.safetensors").stat().st_mtime_ns == changed
 
 
-def test_a_finished_model_is_not_passed_off_for_other_examples(finished: Path) -> None:
-    with pytest.raises(CheckpointError, match="made from other examples or settings"):
+def test_a_finished_model_is_not_passed_off_for_one_of_another_student_or_examples(finished: Path) -> None:
+    with pytest.raises(CheckpointError, match="made from another student, examples or settings"):
         run(finished, "sft.optim.lr=1e-4")
+    with pytest.raises(CheckpointError, match="made from another student"):
+        run(finished, f"student.model={MODELS / 'teacher-post'}")
     with pytest.raises(ConfigError, match="holds rollouts with another temperature"):
         run(finished, "rollout.temperature=1.0")
 

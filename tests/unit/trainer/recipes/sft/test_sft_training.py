@@ -61,7 +61,7 @@ def loaded(folder: Path | None = None) -> LoadedModel:
 
 
 def train(folder: Path, settings: SftSettings = SETTINGS, *, end_at: int | None = None) -> LoadedModel:
-    plan = plan_steps(examples(), settings, max_tokens=24, seed=1)
+    plan = plan_steps(examples(), settings, student="s", max_tokens=24, seed=1)
     checkpoint = starting_point(folder, plan)
     model = loaded(checkpoint.folder if checkpoint else None)
 
@@ -115,7 +115,7 @@ def test_a_run_that_was_ended_goes_on_bit_by_bit(tmp_path: Path) -> None:
 
 def test_a_step_does_not_depend_on_its_micro_batches(tmp_path: Path) -> None:
     """The mean is over the tokens of the step, however its rows are split."""
-    plan = plan_steps(examples(), SETTINGS, max_tokens=24, seed=1)
+    plan = plan_steps(examples(), SETTINGS, student="s", max_tokens=24, seed=1)
     gradients = []
     for limit in (24, 1000):
         model = loaded()
@@ -129,7 +129,7 @@ def test_a_step_does_not_depend_on_its_micro_batches(tmp_path: Path) -> None:
 
 def test_the_first_loss_is_the_mean_cross_entropy_of_response_tokens(tmp_path: Path) -> None:
     """Against the library's own cross entropy, one example at a time in float64."""
-    plan = plan_steps(examples(), SETTINGS, max_tokens=24, seed=1)
+    plan = plan_steps(examples(), SETTINGS, student="s", max_tokens=24, seed=1)
     model = tiny_model(5).double()
     total, count = 0.0, 0
     for row in plan.steps[0]:
@@ -149,14 +149,15 @@ def test_the_first_loss_is_the_mean_cross_entropy_of_response_tokens(tmp_path: P
 def test_another_plan_does_not_go_on_from_this_one(tmp_path: Path) -> None:
     with pytest.raises(Ended):
         train(tmp_path, end_at=3)
-    other = plan_steps(examples(50), SETTINGS, max_tokens=24, seed=1)
-    with pytest.raises(CheckpointError, match="other examples or settings"):
-        starting_point(tmp_path, other)
+    for student, count in (("s", 50), ("another", 60)):
+        other = plan_steps(examples(count), SETTINGS, student=student, max_tokens=24, seed=1)
+        with pytest.raises(CheckpointError, match="another student, examples or settings"):
+            starting_point(tmp_path, other)
     # How the work is cut changes nothing that is learnt.
-    same = plan_steps(examples(), SETTINGS.model_copy(update={"row_chunk": 7}), max_tokens=24, seed=1)
+    same = plan_steps(examples(), SETTINGS.model_copy(update={"row_chunk": 7}), student="s", max_tokens=24, seed=1)
     assert starting_point(tmp_path, same) is not None
 
 
 def test_nothing_to_train_on_is_refused() -> None:
     with pytest.raises(ConfigError, match="leave none to train on"):
-        plan_steps(examples(1), SETTINGS, max_tokens=24, seed=0)
+        plan_steps(examples(1), SETTINGS, student="s", max_tokens=24, seed=0)
