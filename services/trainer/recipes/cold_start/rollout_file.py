@@ -70,12 +70,11 @@ class RolloutFile:
     def _read(self) -> None:
         content = self._path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
+        if whole:
+            self._check(self._header(), self._identity)
         if len(whole) < len(content):
             with self._path.open("r+b") as file:
                 file.truncate(len(whole))
-        if not whole:
-            return
-        self._check(self._header(), self._identity)
         for line in whole.decode("utf-8").split("\n")[1:-1]:
             rollout = TeacherRollout(**json.loads(line))
             self.rollouts[rollout.prompt, rollout.sample] = rollout

@@ -6,6 +6,7 @@ always run anew, fine-tuning goes on from its last checkpoint and a finished one
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from opd.errors import CheckpointError, ConfigError
+from services.trainer.checkpoint import Checkpoint
 from services.trainer.models import LoadedModel, load_model
 from services.trainer.recipes.cold_start.config import ColdStartSettings
 from services.trainer.recipes.cold_start.prompt_split import PromptSplit, split_prompts
@@ -56,6 +58,18 @@ class ColdStartResult:
     sft: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Training:
+    """What the last stage starts from, known to be of this `run_dir`."""
+
+    plan: SftPlan
+    student: LoadedModel
+    """As the checkpoint has it, where there is one."""
+    checkpoint: Checkpoint | None
+    finished: dict[str, Any] | None
+    """The summary, where nothing is left to do."""
+
+
 def run_stages(
     settings: ColdStartSettings, progress: Progress, say: Callable[[str], None], *, until: Stage
 ) -> ColdStartResult:
@@ -65,17 +79,19 @@ def run_stages(
     max_tokens = _row_tokens(settings)
     split = split_prompts(settings.data, settings.seed)
     asked = teacher_prompts(settings, split.cold_start)
-    write_rows(run_dir / REMAINING_FILE, split.remaining)
     total = len(asked.prompts) * settings.rollout.rollouts_per_prompt
     with progress("teacher rollouts", total) as advance:
         rollouts = tuple(sample_teacher(settings, asked.prompts, run_dir / ROLLOUTS_FILE, advance))
+    # Only now: rollouts of other prompts have been refused, and their remaining ones stay as they were.
+    write_rows(run_dir / REMAINING_FILE, split.remaining)
     result = ColdStartResult(split=split, asked=asked, rollouts=rollouts)
     if until is Stage.ROLLOUTS:
         return result
     selection = select(settings, asked.prompts, rollouts, max_tokens=max_tokens)
+    training = None if until is Stage.FILTER else _prepare_training(settings, selection, max_tokens)
     _write_selection(run_dir, selection)
     say(f"{len(selection.kept)} of {len(rollouts)} responses are kept")
-    summary = None if until is Stage.FILTER else _fine_tune(settings, selection, max_tokens, progress, say)
+    summary = None if training is None else _fine_tune(settings, selection, training, progress, say)
     return ColdStartResult(split=split, asked=asked, rollouts=rollouts, selection=selection, sft=summary)
 
 
@@ -107,23 +123,41 @@ def _write_selection(run_dir: Path, selection: Selection) -> None:
     )
 
 
-def _fine_tune(
-    settings: ColdStartSettings, selection: Selection, max_tokens: int, progress: Progress, say: Callable[[str], None]
-) -> dict[str, Any]:
+def _prepare_training(settings: ColdStartSettings, selection: Selection, max_tokens: int) -> _Training:
+    """Raises before anything of another plan in `run_dir` is written over."""
+    run_dir = settings.run_dir
     if not selection.examples:
-        raise ConfigError("filters: no response is left to train on; see dropped.jsonl for the reasons")
+        # Beside a model or its checkpoints stays what they were made from.
+        if not (run_dir / SFT_FOLDER).exists():
+            _write_selection(run_dir, selection)
+        counts = Counter(str(reason) for reason, _ in selection.dropped)
+        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()))
+        raise ConfigError(
+            f"filters: no response is left to train on ({reasons}); loosen them or raise data.num_prompts"
+        )
     loaded = load_model(settings.student.model, device=settings.student.device)
     plan = plan_steps(
         selection.examples, settings.sft, student=loaded.fingerprint, max_tokens=max_tokens, seed=settings.seed
     )
-    folder = settings.run_dir / SFT_FOLDER
-    finished = _finished(settings.run_dir, plan)
-    if finished is not None:
-        say("the fine-tuning is finished already")
-        return finished
-    checkpoint = starting_point(folder, plan)
+    finished = _finished(run_dir, plan)
+    checkpoint = None if finished is not None else starting_point(run_dir / SFT_FOLDER, plan)
     if checkpoint is not None:
         loaded = load_model(str(checkpoint.folder), device=settings.student.device)
+    return _Training(plan=plan, student=loaded, checkpoint=checkpoint, finished=finished)
+
+
+def _fine_tune(
+    settings: ColdStartSettings,
+    selection: Selection,
+    training: _Training,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    if training.finished is not None:
+        say("the fine-tuning is finished already")
+        return training.finished
+    folder = settings.run_dir / SFT_FOLDER
+    plan, loaded, checkpoint = training.plan, training.student, training.checkpoint
     run = SftRun(loaded, plan, settings.sft, folder=folder, seed=settings.seed)
     with progress("fine-tuning", len(plan.steps)) as advance:
         advance(checkpoint.state.step if checkpoint else 0)

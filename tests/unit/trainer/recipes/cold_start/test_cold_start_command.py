@@ -102,6 +102,20 @@ def test_a_finished_model_is_not_passed_off_for_one_of_another_student_or_exampl
         run(finished, "rollout.temperature=1.0")
 
 
+@pytest.mark.parametrize(
+    "change", ["seed=1", "filters.require_correct=true", "sft.sequence_tokens=8", "sft.validation_share=0.2"]
+)
+def test_what_is_refused_writes_nothing(finished: Path, change: str) -> None:
+    contents = _contents(finished)
+    with pytest.raises((CheckpointError, ConfigError), match=r"another run_dir|no response is left"):
+        run(finished, change)
+    assert _contents(finished) == contents
+
+
+def _contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def test_it_may_end_after_each_stage(tmp_path: Path) -> None:
     short = "data.num_prompts=4"
     card, _ = run(tmp_path, short, until=Stage.ROLLOUTS)
