@@ -131,4 +131,25 @@ class DataRecipeSettings(Settings):
             raise ValueError(
                 "semantic.within=false with against.files=[]: nothing is compared; give files, or set within=true"
             )
+        self._check_idle()
         return self
+
+    def _check_idle(self) -> None:
+        """Refuses what was set and would do nothing."""
+        if self.against.files and not (self.exact.enabled or self.semantic.enabled):
+            raise ValueError(
+                f"against.files={list(self.against.files)} does nothing; set exact.enabled or semantic.enabled=true"
+            )
+        weighted = [name for name, source in self.sources.items() if "weight" in source.model_fields_set]
+        if weighted and not self.mix.enabled:
+            weight = self.sources[weighted[0]].weight
+            raise ValueError(
+                f"sources.{weighted[0]}.weight={weight} does nothing; set mix.enabled=true or leave it out"
+            )
+        if "max_prompt_tokens" in self.length.model_fields_set and not self.length.tokenizer:
+            limit = self.length.max_prompt_tokens
+            raise ValueError(f"length.max_prompt_tokens={limit} does nothing; give length.tokenizer or leave it out")
+        if self.semantic.model and self.semantic.backend is EmbeddingBackend.TFIDF:
+            raise ValueError(
+                f"semantic.model={self.semantic.model} does nothing with semantic.backend=tfidf; leave out one of them"
+            )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,20 @@ def test_an_output_that_is_there_is_not_written_over(tmp_path: Path) -> None:
     run(tmp_path)
     with pytest.raises(ConfigError, match="exists; remove it or give another name"):
         run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["exact.enabled=false", "against.files=['x.jsonl']"], "against.files=['x.jsonl'] does nothing"),
+        (["sources.b.weight=1.0"], "sources.b.weight=1.0 does nothing; set mix.enabled=true"),
+        (["length.max_prompt_tokens=1024"], "length.max_prompt_tokens=1024 does nothing; give length.tokenizer"),
+        (["semantic.backend=tfidf", "semantic.model=x"], "semantic.model=x does nothing with semantic.backend=tfidf"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        run(tmp_path, *overrides)
 
 
 def test_a_stage_that_leaves_nothing_says_so(tmp_path: Path) -> None:
