@@ -24,7 +24,7 @@ from services.trainer.recipes.cold_start.prompt_split import PromptSplit, split_
 from services.trainer.recipes.cold_start.rollout_file import TeacherRollout
 from services.trainer.recipes.cold_start.sampling import TeacherPrompts, sample_teacher, teacher_prompts
 from services.trainer.recipes.cold_start.selection import Selection, select
-from services.trainer.recipes.data.writing import write_rows
+from services.trainer.recipes.data.writing import check_json, write_rows
 from services.trainer.recipes.sft.curve import draw_loss_curve
 from services.trainer.recipes.sft.training import LOSS, SftPlan, SftRun, plan_steps, starting_point
 from services.trainer.run_log import SUMMARY_FILE, read_steps
@@ -78,6 +78,7 @@ def run_stages(
     # The student is not needed before the last stage, but better known to be unusable now.
     max_tokens = _row_tokens(settings)
     split = split_prompts(settings.data, settings.seed)
+    check_json(split.remaining, f"data.files: {REMAINING_FILE}", "leave that column out of the file")
     asked = teacher_prompts(settings, split.cold_start)
     total = len(asked.prompts) * settings.rollout.rollouts_per_prompt
     with progress("teacher rollouts", total) as advance:

@@ -10,6 +10,7 @@ from services.trainer.recipes.data.candidates import Candidate, Drop, in_templat
 from services.trainer.recipes.data.config import DataRecipeSettings
 from services.trainer.recipes.data.embeddings import Embedder, build_embedder
 from services.trainer.recipes.data.stages import Outcome, draw_mix, drop_exact, drop_long, drop_near
+from services.trainer.recipes.data.writing import check_json
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """(what is done, number of rows) -> a context that gives the function to advance by."""
@@ -76,6 +77,9 @@ def run_pipeline(settings: DataRecipeSettings, progress: Progress) -> Recipe:
     # A model that is not to be had is better known before anything is read.
     embedder = build_embedder(settings.semantic) if settings.semantic.enabled else None
     candidates, against = _read(settings, progress)
+    if settings.output.suffix != ".parquet":
+        # Better known before questions are embedded than after.
+        check_json([row.rendered() for row in candidates], f"output={settings.output}", "write .parquet")
     num_bare = sum(not candidate.problem.template for candidate in candidates)
     if settings.template is not None:
         candidates = [in_template(candidate, settings.template) for candidate in candidates]

@@ -11,7 +11,9 @@ Row = Mapping[str, Any]
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """By the suffix of `path`; `ConfigError` when it cannot be written."""
+    """By the suffix of `path`; `ConfigError` when it cannot be written, or its form cannot hold a column."""
+    if path.suffix != ".parquet":
+        check_json(rows, str(path), "write .parquet")
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -22,6 +24,17 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
         partial.replace(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror}); give a file that can be written") from error
+
+
+def check_json(rows: Sequence[Row], where: str, way_out: str) -> None:
+    """`ConfigError` naming the first column with a value that JSON cannot hold, such as a time, bytes or a decimal."""
+    for row in rows:
+        for name, value in row.items():
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                reason = str(error).removeprefix("Object of ")
+                raise ConfigError(f"{where}: column {name!r} does not fit JSON lines ({reason}); {way_out}") from error
 
 
 def write_text(path: Path, text: str) -> None:

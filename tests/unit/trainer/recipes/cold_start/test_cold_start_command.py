@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from services.trainer.recipes.cold_start.config import ColdStartSettings
 from services.trainer.recipes.cold_start.rollout_file import TeacherRollout
 from services.trainer.recipes.cold_start.selection import ExampleBuilder, Selection, select
 from services.trainer.recipes.cold_start.stages import Stage, save_model
+from services.trainer.recipes.data.writing import write_rows
 from services.trainer.recipes.sft.packing import SftExample
 
 ROOT = Path(__file__).parents[5]
@@ -137,6 +139,14 @@ def test_a_wrong_training_configuration_is_refused_before_anything_is_sampled(tm
     console = Console(file=io.StringIO())
     with pytest.raises(ConfigError, match=r"optim\.learning_rate: no such key"):
         run_cold_start(settings(tmp_path / "run"), console, until=Stage.SFT, then_train=config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_column_that_the_remaining_file_cannot_hold_is_refused_before_anything_is_sampled(tmp_path: Path) -> None:
+    prompts = tmp_path / "p.parquet"
+    write_rows(prompts, [{"prompt": f"q{index}", "made": datetime(2026, 1, 2, tzinfo=UTC)} for index in range(2)])
+    with pytest.raises(ConfigError, match=r"data\.files: remaining\.jsonl: column 'made' .* leave that column out"):
+        run(tmp_path / "run", f"data.files=['{prompts}']", "data.num_prompts=1")
     assert not (tmp_path / "run").exists()
 
 

@@ -3,6 +3,8 @@
 import io
 import json
 import re
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ from rich.console import Console
 from opd.errors import ConfigError
 from opd.settings import load_settings
 from services.trainer.prompts import load_problems
+from services.trainer.prompts.problems import load_rows
 from services.trainer.recipes.data.command import run_data_recipe
 from services.trainer.recipes.data.config import DataRecipeSettings
-from services.trainer.recipes.data.writing import harmonize
+from services.trainer.recipes.data.writing import harmonize, write_rows
 from services.trainer.templates import TEMPLATES
 
 SHARED_DATA = Path(__file__).parents[6] / "shared" / "data"
@@ -136,6 +139,23 @@ def test_columns_of_several_sources_become_one_set() -> None:
         {"x": None, "info": {"index": "id", "level": 2}, "y": "s"},
         {"x": 2.5, "info": None, "y": None},
     ]
+
+
+@pytest.mark.parametrize("value", [datetime(2026, 1, 2, tzinfo=UTC), Decimal("0.5"), b"x"])
+def test_a_column_that_json_cannot_hold_is_for_parquet_alone(tmp_path: Path, value: object) -> None:
+    rows = [{"prompt": TEMPLATES["dapo"].render("What is 2 + 3?"), "extra_info": {"found": value}}]
+    source = tmp_path / "s.parquet"
+    write_rows(source, rows)
+    given = [f"sources.s.files=['{source}']"]
+    settings = load_settings(DataRecipeSettings, None, [*given, f"output={tmp_path / 'out.jsonl'}"])
+    with pytest.raises(ConfigError, match=r"output=.*column 'extra_info' does not fit JSON lines .*; write \.parquet"):
+        run_data_recipe(settings, Console(file=io.StringIO()))
+    assert list(tmp_path.iterdir()) == [source]
+    with pytest.raises(ConfigError, match=r"out\.jsonl: column 'extra_info' .*; write \.parquet"):
+        write_rows(tmp_path / "out.jsonl", rows)
+    settings = load_settings(DataRecipeSettings, None, [*given, f"output={tmp_path / 'out.parquet'}"])
+    run_data_recipe(settings, Console(file=io.StringIO()))
+    assert load_rows(str(tmp_path / "out.parquet"))[0]["extra_info"] == {"found": value}
 
 
 @pytest.mark.shared_data
