@@ -30,7 +30,7 @@ class Evaluator:
         decode: Callable[[Sequence[int]], str],
         log: RunLog,
     ) -> None:
-        """`ConfigError` for a problem that cannot be graded and files of one name: better now than after a step."""
+        """`ConfigError` for files of one name and problems that cannot be graded or asked: better now than later."""
         self._settings = settings
         self._log = log
         self._model = EvaluatedModel(name=loaded.name, fingerprint="", engine=engine, decode=decode)
@@ -64,7 +64,19 @@ class Evaluator:
                     f"evaluation.files: row {problem.index} of {file} has no {missing}, so it cannot be graded; "
                     "correct the row or set evaluation.template"
                 )
-        return tokenize_problems(problems, view, max_prompt_tokens=2**31)
+        prompts = tokenize_problems(problems, view, max_prompt_tokens=2**31)
+        _check_lengths(prompts, file, self._model.engine.max_context)
+        return prompts
+
+
+def _check_lengths(prompts: Sequence[TokenizedPrompt], file: str, max_context: int) -> None:
+    longest = max(prompts, key=lambda prompt: prompt.prompt_token_ids.size)
+    num_tokens = longest.prompt_token_ids.size
+    if num_tokens >= max_context:
+        raise ConfigError(
+            f"evaluation.files: row {longest.problem.index} of {file} has {num_tokens} prompt tokens, "
+            f"the student's context is {max_context}; leave the row out"
+        )
 
 
 def _check_names(files: Sequence[str]) -> None:

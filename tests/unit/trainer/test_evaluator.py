@@ -16,9 +16,9 @@ from services.trainer.run_log import RunLog
 from tests.unit.trainer.tiny_training import EOS, NUM_IDS, tiny_model, tiny_tokenizer
 
 
-def write_problems(path: Path, answer: str | None = "7") -> str:
+def write_problems(path: Path, answer: str | None = "7", num_words: int = 2) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    row = {"prompt": "w3 w4", "reward_model": {"ground_truth": answer}}
+    row = {"prompt": "w3 " * num_words, "reward_model": {"ground_truth": answer}}
     path.write_text(f"{json.dumps(row)}\n" * 3, encoding="utf-8")
     return str(path)
 
@@ -37,6 +37,13 @@ def evaluator(run_dir: Path, *files: str) -> Evaluator:
     engine = TransformersEngine(model, eos_token_ids=(EOS,), num_defined_ids=NUM_IDS, score_top_k=None)
     # Every response of this model is right: what is tried here is what is made of that.
     return Evaluator(settings, loaded, engine=engine, decode=lambda token_ids: "\\boxed{7}", log=RunLog(run_dir))
+
+
+def test_a_prompt_that_fills_the_context_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    max_context = int(tiny_model(1).config.max_position_embeddings)
+    file = write_problems(tmp_path / "long.jsonl", num_words=max_context)
+    with pytest.raises(ConfigError, match=rf"row 0 of .*long.jsonl has \d+ prompt tokens, .* context is {max_context}"):
+        evaluator(tmp_path, file)
 
 
 def test_each_file_is_a_metric_and_a_file_of_the_run(tmp_path: Path) -> None:
