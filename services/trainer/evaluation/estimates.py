@@ -33,10 +33,13 @@ class GapRecovery:
     """How much of the gap between student and teacher training has closed, 1 being all of it."""
 
     estimate: Estimate | None
-    """None when the gap is negative or under two standard errors: a ratio to it would mean nothing."""
+    """None when the gap is negative, under two standard errors, or of one problem: a ratio to it would mean nothing."""
     gap: float
     """acc_teacher - acc_before."""
-    gap_standard_error: float
+    gap_standard_error: float | None
+    """Over problems; None for one problem, which has no spread to tell it from."""
+    reason: str = ""
+    """Why there is no estimate."""
 
 
 def mean_over_problems(values_P: Values, *, seed: int = 0) -> Estimate:
@@ -80,14 +83,17 @@ def gap_recovery(before_P: Values, after_P: Values, teacher_P: Values, *, seed: 
     """(after - before) / (teacher - before) of accuracies on the same P problems, resampled together.
 
     Resamples whose gap is not positive count as infinite, with the sign of their gain, so the interval widens
-    where the gap is hardly there; a bound may therefore be infinite.
+    where the gap is hardly there; a bound may therefore be infinite. From one problem there is no interval.
     """
     if not before_P.shape == after_P.shape == teacher_P.shape:
         raise ValueError(f"accuracies of {before_P.size}, {after_P.size} and {teacher_P.size} problems do not pair up")
     gains, gaps = _resampled_means(np.stack([after_P - before_P, teacher_P - before_P], axis=1), seed).T
     gap, standard_error = float((teacher_P - before_P).mean()), float(gaps.std(ddof=1))
+    if before_P.size == 1:
+        return GapRecovery(estimate=None, gap=gap, gap_standard_error=None, reason="one problem has no spread")
     if gap <= 0 or gap < _MIN_GAP_STANDARD_ERRORS * standard_error:
-        return GapRecovery(estimate=None, gap=gap, gap_standard_error=standard_error)
+        reason = "not two standard errors above zero"
+        return GapRecovery(estimate=None, gap=gap, gap_standard_error=standard_error, reason=reason)
     unbounded = np.where(gains == 0, 0.0, np.copysign(np.inf, gains))
     ratios = np.where(gaps > 0, gains / np.where(gaps > 0, gaps, 1.0), unbounded)
     low, high = np.quantile(ratios, tails(), method="inverted_cdf")

@@ -180,9 +180,11 @@ def _lines(results: Sequence[EvaluationResult]) -> Iterator[tuple[str, Summary]]
 
 def recovery_line(model: str, data: str, recovery: GapRecovery) -> str:
     """One line for people; says why there is no number where there is none."""
-    gap = f"gap {recovery.gap:.1%}, standard error {recovery.gap_standard_error:.1%}"
+    gap = f"gap {recovery.gap:.1%}"
+    if recovery.gap_standard_error is not None:
+        gap += f", standard error {recovery.gap_standard_error:.1%}"
     if recovery.estimate is None:
-        return f"{model} on {data}: no gap recovery ({gap}: not two standard errors above zero)"
+        return f"{model} on {data}: no gap recovery ({gap}: {recovery.reason})"
     estimate = recovery.estimate
     return f"{model} on {data}: gap recovery {estimate.value:.1%}, {estimate.low:.1%} to {estimate.high:.1%} ({gap})"
 

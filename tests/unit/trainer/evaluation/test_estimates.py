@@ -12,6 +12,7 @@ from services.trainer.evaluation.estimates import (
     means_over_rollouts,
     pass_at_k,
 )
+from services.trainer.evaluation.results import recovery_line
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 5, 8])
@@ -106,13 +107,20 @@ def test_a_gap_within_two_standard_errors_has_no_recovery() -> None:
     teacher = np.roll(before, 1)
     teacher[:3] = 1.0
     found = gap_recovery(before, teacher, teacher)
-    assert 0 < found.gap < 2 * found.gap_standard_error
-    assert found.estimate is None
+    assert found.gap_standard_error is not None and 0 < found.gap < 2 * found.gap_standard_error
+    assert found.estimate is None and found.reason == "not two standard errors above zero"
 
 
 def test_an_identical_teacher_has_no_recovery() -> None:
     before = accuracies(0.5, 20, 0)
     assert gap_recovery(before, before, before).estimate is None
+
+
+def test_one_problem_has_no_recovery() -> None:
+    """Resampling it gives itself: an interval of no width that means nothing."""
+    found = gap_recovery(np.array([0.0]), np.array([0.5]), np.array([1.0]))
+    assert (found.estimate, found.gap, found.gap_standard_error) == (None, 1.0, None)
+    assert recovery_line("m", "d", found) == "m on d: no gap recovery (gap 100.0%: one problem has no spread)"
 
 
 def test_a_loss_is_a_negative_recovery() -> None:
