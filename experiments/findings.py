@@ -141,6 +141,11 @@ class ArmFindings:
         """The share of the gap to the teacher that has closed."""
         return estimates.recovery(self.before_SP, self.after_SP, self.teacher_SP)
 
+    def recovery_over(self, other: "ArmFindings") -> Estimate | None:
+        """The share that has closed, this arm minus the other."""
+        mine, others = ((arm.before_SP, arm.after_SP, arm.teacher_SP) for arm in (self, other))
+        return estimates.recovery_difference(mine, others)
+
     def accuracy_over(self, other: "ArmFindings") -> Estimate:
         """Accuracy after training, this arm minus the other."""
         return estimates.of_accuracies(lambda mine, others: mine - others, self.after_SP, other.after_SP)
