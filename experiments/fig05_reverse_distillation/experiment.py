@@ -19,6 +19,11 @@ LONGER = {"steps": 120}
 def claims(found: Findings) -> Sequence[Claim]:
     own, larger = found.arms[OWN], found.arms[LARGER]
     left = of_accuracies(lambda after, teacher: after - teacher, own.after_SP, own.teacher_SP)
+    larger_leads = Check(
+        what="accuracy of the teachers, larger minus own",
+        estimate=of_accuracies(lambda one, two: one - two, larger.teacher_SP, own.teacher_SP),
+        low=0,
+    )
     return [
         Claim(
             statement="Distilled from its own checkpoint before post-training, a student falls back to that level.",
@@ -39,6 +44,7 @@ def claims(found: Findings) -> Sequence[Claim]:
                     **within(SAME),
                 )
             ],
+            conditions=[larger_leads],
         ),
         Claim(
             statement="The two trajectories are nearly indistinguishable.",
@@ -50,6 +56,7 @@ def claims(found: Findings) -> Sequence[Claim]:
                     **within(SAME),
                 )
             ],
+            conditions=[larger_leads],
         ),
         Claim(
             statement="The student falls back although the larger teacher scores higher than it does.",
