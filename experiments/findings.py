@@ -7,6 +7,7 @@ problems.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ METRICS = (
 """Of every step; one that a run does not have is absent."""
 BY_POSITION = ("distill/entropy_student", "distill/entropy_teacher", "distill/overlap_ratio")
 EDGES = "distill/position_edges"
+SMOOTHED_STEPS = 5
+"""A single step is a few rollouts; what is said of every step is judged by means of so many in a row."""
 _DIGITS = 6
 
 
@@ -116,6 +119,15 @@ class ArmFindings:
         """The largest value of each seed."""
         known = [[value for value in run.series.get(name, [])[steps] if value is not None] for run in self.runs]
         return [max(values) for values in known if values]
+
+    def lowest(self, name: str) -> list[float]:
+        """The smallest mean of `SMOOTHED_STEPS` steps in a row, of each seed that has so many."""
+        known = [run.window(name, Window.ALL) for run in self.runs]
+        return [
+            min(fmean(values[start : start + SMOOTHED_STEPS]) for start in range(len(values) - SMOOTHED_STEPS + 1))
+            for values in known
+            if len(values) >= SMOOTHED_STEPS
+        ]
 
     def back_minus_front(self, name: str, window: Window) -> list[float]:
         """Last known bucket of positions minus the first, of every step of the window in the first seed."""

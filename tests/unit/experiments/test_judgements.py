@@ -56,3 +56,55 @@ def test_that_size_makes_no_difference_presupposes_that_the_larger_teacher_leads
     judged = verdicts("fig05_reverse_distillation", found)
     assert judged["A larger teacher of the same family takes it to the same level."] is verdict
     assert judged["The two trajectories are nearly indistinguishable."] is verdict
+
+
+RATIO = "distill__overlap_ratio"
+STALLS = "The overlap ratio rises where a run works and stalls where it fails (student-base)."
+CONTRASTS = (
+    STALLS,
+    "The overlap-token advantage nears 0 where a run works and stalls where it fails (student-base).",
+    "The entropy gap narrows where a run works and stalls where it fails (student-base).",
+    "The failing run starts with the smaller loss and the smaller gradient (student-base).",
+    "The gap at the most extreme token narrows where a run works, not where it fails (student-base).",
+)
+
+
+def side_by_side(
+    *, fall: float = 0.0, gains: tuple[float, float] = (0.3, 0.0), mass: list[float] | None = None
+) -> dict[str, Verdict]:
+    """The working run's ratio rises by 0.3 and the failing one's falls by `fall`; the masses are alike in both."""
+    found = synthetic_findings(load("fig06_success_failure"))
+    masses = {f"distill__overlap_mass_{side}": mass or [0.99] * 32 for side in ("student", "teacher")}
+    for label, rise, gain in (("base from teacher-post", 0.3, gains[0]), ("base from teacher-big", -fall, gains[1])):
+        ratios = [0.5] * 3 + [0.5 + rise] * 29
+        accuracies = {"before": 0.5, "after": 0.5 + gain, "teacher": 0.9}
+        found.arms[label] = arm_of(found.arms[label], **accuracies, **{RATIO: ratios}, **masses)
+    return verdicts("fig06_success_failure", found)
+
+
+@pytest.mark.parametrize(
+    ("fall", "verdict"),
+    [(0.0, Verdict.HELD), (0.1, Verdict.HELD), (0.2, Verdict.DID_NOT_HOLD), (-0.2, Verdict.DID_NOT_HOLD)],
+)
+def test_a_run_stalls_that_moves_neither_up_nor_down(fall: float, verdict: Verdict) -> None:
+    assert side_by_side(fall=fall)[STALLS] is verdict
+
+
+@pytest.mark.parametrize("gains", [(0.3, 0.2), (-0.1, 0.0)])
+def test_contrasts_presuppose_that_one_run_works_and_the_other_fails(gains: tuple[float, float]) -> None:
+    judged = side_by_side(gains=gains)
+    assert {judged[statement] for statement in CONTRASTS} == {Verdict.CANNOT_BE_TOLD}
+
+
+@pytest.mark.parametrize(
+    ("mass", "verdict"),
+    [
+        ([0.99] * 32, Verdict.HELD),
+        ([0.99] * 12 + [0.9] * 5 + [0.99] * 15, Verdict.DID_NOT_HOLD),
+        ([0.99] * 12 + [0.93] + [0.99] * 19, Verdict.HELD),
+    ],
+)
+def test_throughout_means_at_the_lowest(mass: list[float], verdict: Verdict) -> None:
+    """A dip of five steps refutes although the mean over the run is 0.976; one step may be noise."""
+    statement = "Overlap tokens hold 97 % and more of both models' mass throughout (student-base)."
+    assert side_by_side(mass=mass)[statement] is verdict
