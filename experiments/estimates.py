@@ -127,6 +127,13 @@ def difference_of(first_N: Sequence[float], second_N: Sequence[float]) -> Estima
     return _around(float(first.mean() - second.mean()), half)
 
 
+def distance_of(difference: Estimate) -> Estimate:
+    """How far from 0: the absolute value, and the nearest and furthest that the interval reaches."""
+    ends = sorted((abs(difference.low), abs(difference.high)))
+    low = 0.0 if difference.low <= 0 <= difference.high else ends[0]
+    return Estimate(value=abs(difference.value), low=low, high=ends[1])
+
+
 def _t(degrees_of_freedom: int) -> float:
     return _T_QUANTILES[min(degrees_of_freedom, len(_T_QUANTILES)) - 1]
 

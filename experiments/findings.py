@@ -115,6 +115,20 @@ class ArmFindings:
             return estimates.mean_of([a - b for a, b in zip(mine, others, strict=True)])
         return estimates.difference_of(mine, others)
 
+    def largest_gap(self, other: "ArmFindings", name: str, num_steps: int) -> Estimate | None:
+        """Largest distance of the curves, each the mean of `num_steps` steps in a row, over the steps both have.
+
+        Every place has an interval over its steps, which are paired: value and lower bound are those of the widest
+        place, the upper bound is the largest of all, so that it is below a limit only where the curves are everywhere.
+        """
+        gaps = self._step_gaps(other, name)
+        places = [estimates.mean_of(gaps[start : start + num_steps]) for start in range(len(gaps) - num_steps + 1)]
+        found = [estimates.distance_of(place) for place in places if place is not None]
+        if not found:
+            return None
+        widest = max(found, key=lambda place: place.value)
+        return Estimate(value=widest.value, low=widest.low, high=max(place.high for place in found))
+
     def extreme(self, name: str, *, steps: slice = slice(None)) -> list[float]:
         """The largest value of each seed."""
         known = [[value for value in run.series.get(name, [])[steps] if value is not None] for run in self.runs]
@@ -161,6 +175,13 @@ class ArmFindings:
     def accuracy_over(self, other: "ArmFindings") -> Estimate:
         """Accuracy after training, this arm minus the other."""
         return estimates.of_accuracies(lambda mine, others: mine - others, self.after_SP, other.after_SP)
+
+    def _step_gaps(self, other: "ArmFindings", name: str) -> list[float]:
+        """This arm's mean over seeds minus the other's, of every step at which all seeds of both have a value."""
+        mine, others = ([run.series.get(name, []) for run in arm.runs] for arm in (self, other))
+        steps = zip(*mine, *others, strict=False)
+        known = [values for step in steps if len(values := [v for v in step if v is not None]) == len(step)]
+        return [fmean(values[: len(mine)]) - fmean(values[len(mine) :]) for values in known]
 
     def _units(self, name: str, window: Window) -> list[float]:
         found = [values for run in self.runs if (values := run.window(name, window))]

@@ -108,3 +108,34 @@ def test_throughout_means_at_the_lowest(mass: list[float], verdict: Verdict) -> 
     """A dip of five steps refutes although the mean over the run is 0.976; one step may be noise."""
     statement = "Overlap tokens hold 97 % and more of both models' mass throughout (student-base)."
     assert side_by_side(mass=mass)[statement] is verdict
+
+
+@pytest.mark.parametrize("largest", [0.9, 0.7])
+def test_there_is_little_to_gain_also_where_more_is_worse(largest: float) -> None:
+    found = synthetic_findings(load("fig15_top_k"))
+    for label, arm in found.arms.items():
+        found.arms[label] = arm_of(arm, before=0.5, after=largest if label.endswith("= 64") else 0.8, teacher=0.9)
+    expected = Verdict.HELD if largest < 0.8 else Verdict.DID_NOT_HOLD
+    judged = verdicts("fig15_top_k", found)
+    assert judged["Beyond k = 4 there is little to gain (policy)."] is expected
+    assert judged["Beyond k = 4 there is little to gain (exact)."] is expected
+
+
+def test_nothing_is_concluded_from_a_gradient_that_is_zero_by_construction() -> None:
+    claims = load("fig15_top_k").claims(synthetic_findings(load("fig15_top_k")))
+    about_one = {claim.statement for claim in claims if "op 1 alone" in claim.statement}
+    assert about_one and all("policy" in statement for statement in about_one)
+    assert not [
+        check.what for claim in claims if "exact" in claim.statement for check in claim.checks if "= 1 " in check.what
+    ]
+
+
+def test_trajectories_that_cross_are_not_indistinguishable() -> None:
+    """One falls early and the other late: their means over the run are equal."""
+    early = [0.9] * 20 + [0.6] * 40 + [0.6] * 40 + [0.6] * 20
+    late = [0.9] * 20 + [0.9] * 40 + [0.3] * 40 + [0.6] * 20
+    found = synthetic_findings(load("fig05_reverse_distillation"))
+    for label, teacher, series in (("from student-base", 0.6, early), ("from teacher-big", 0.7, late)):
+        found.arms[label] = arm_of(found.arms[label], before=0.9, after=0.6, teacher=teacher, outcome__accuracy=series)
+    judged = verdicts("fig05_reverse_distillation", found)
+    assert judged["The two trajectories are nearly indistinguishable."] is Verdict.DID_NOT_HOLD
