@@ -159,6 +159,10 @@ class ArmFindings:
     def before(self) -> Estimate:
         return estimates.of_accuracies(lambda before: before, self.before_SP)
 
+    def before_over(self, other: "ArmFindings") -> Estimate:
+        """Accuracy before training, this arm's student minus the other's."""
+        return estimates.of_accuracies(lambda mine, others: mine - others, self.before_SP, other.before_SP)
+
     def teacher_lead(self) -> Estimate:
         """Accuracy of the teacher minus the student's before."""
         return estimates.of_accuracies(lambda teacher, before: teacher - before, self.teacher_SP, self.before_SP)

@@ -39,7 +39,6 @@ def _claims_of(found: Findings, student: str, post_label: str, same_label: str) 
                     what="accuracy after, post-trained minus same pipeline",
                     estimate=post.accuracy_over(same),
                     low=SMALL_GAIN,
-                    start=post.before(),
                 )
             ],
             conditions=[lead],

@@ -43,7 +43,6 @@ def claims(found: Findings) -> Sequence[Claim]:
                 Check(
                     what="accuracy after, larger minus own",
                     estimate=larger.accuracy_over(own),
-                    start=own.before(),
                     **within(SAME),
                 )
             ],

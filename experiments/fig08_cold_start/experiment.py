@@ -20,7 +20,7 @@ def claims(found: Findings) -> Sequence[Claim]:
         return Check(
             what=f"{metric}, cold start minus direct, {window.name.lower()} steps",
             estimate=cold.difference(direct, metric, window),
-            start=direct.metric(metric, FIRST),
+            start=cold.difference(direct, metric, FIRST) if window is not FIRST else None,
             low=0,
         )
 
@@ -38,7 +38,6 @@ def claims(found: Findings) -> Sequence[Claim]:
                 Check(
                     what="entropy gap, cold start minus direct, first steps",
                     estimate=cold.difference(direct, gap, FIRST),
-                    start=direct.metric(gap, FIRST),
                     high=0,
                 )
             ],
@@ -59,7 +58,7 @@ def claims(found: Findings) -> Sequence[Claim]:
                 Check(
                     what="accuracy after, cold start minus direct",
                     estimate=cold.accuracy_over(direct),
-                    start=direct.before(),
+                    start=cold.before_over(direct),
                     low=0,
                 )
             ],

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from experiments.arms import Arm, Evaluation
 from experiments.cast import BASE, GRPO
 from experiments.claims import Check, Claim
-from experiments.estimates import of_accuracies
 from experiments.experiment import Experiment
 from experiments.findings import Findings, Window
 from experiments.panels import OVERLAP, STUDENT_MASS, TRAINING_ACCURACY, Accuracies, ByLevel
@@ -27,7 +26,7 @@ def claims(found: Findings) -> Sequence[Claim]:
             checks=[
                 Check(
                     what="accuracy after, aligned minus original", estimate=aligned.accuracy_over(original),
-                    start=of_accuracies(lambda one, two: one - two, aligned.before_SP, original.before_SP), low=0,
+                    start=aligned.before_over(original), low=0,
                 )
             ],
         ),
@@ -42,8 +41,8 @@ def claims(found: Findings) -> Sequence[Claim]:
             checks=[
                 Check(
                     what=f"overlap ratio, aligned minus original, {window.name.lower()} steps",
-                    estimate=aligned.difference(original, ratio, window), start=original.metric(ratio, Window.FIRST),
-                    low=0,
+                    estimate=aligned.difference(original, ratio, window), low=0,
+                    start=aligned.difference(original, ratio, Window.FIRST) if window is not Window.FIRST else None,
                 )
                 for window in (Window.FIRST, Window.LAST)
             ],

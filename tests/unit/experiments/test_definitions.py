@@ -1,6 +1,7 @@
 """Every experiment is whole: it can be judged, drawn, run within the time that was promised, and repeated on GPUs."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,15 @@ def test_the_papers_configuration_is_one_of_the_trainer(name: str) -> None:
         assert settings.optim.lr == 1e-6
         assert settings.rollout.prompts_per_step == 64
         assert settings.evaluation.num_samples == 16
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_difference_starts_at_a_difference(name: str) -> None:
+    """Of arms that are all alike, every difference between two starts at 0 or is given without a start."""
+    experiment = load(name)
+    findings = synthetic_findings(experiment)
+    one = next(iter(findings.arms.values()))
+    alike = replace(findings, arms=dict.fromkeys(findings.arms, one))
+    checks = [check for claim in experiment.claims(alike) for check in (*claim.checks, *claim.conditions)]
+    between_two = [check for check in checks if " minus " in check.what or "largest gap" in check.what]
+    assert [check.what for check in between_two if check.start and abs(check.start.value) > 1e-9] == []
