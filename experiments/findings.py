@@ -76,6 +76,8 @@ class ArmFindings:
     """[P], of the student it began with."""
     teacher_by_problem: list[float] | None
     """None where there is no teacher."""
+    evaluation_keys: list[str]
+    """Of the student before, the teacher, if any, and every run: what was graded, and how."""
 
     @property
     def after_SP(self) -> Values:
@@ -201,6 +203,8 @@ class Findings:
     arms: dict[str, ArmFindings]
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By label, the JSON report of each command that makes one."""
+    report_keys: dict[str, str] = field(default_factory=dict)
+    """By label, the key of that command."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -212,7 +216,7 @@ def findings_of(plain: Mapping[str, Any]) -> Findings:
         label: ArmFindings(**{**arm, "runs": [Run(**run) for run in arm["runs"]]})
         for label, arm in plain["arms"].items()
     }
-    return Findings(arms=arms, reports=dict(plain["reports"]))
+    return Findings(arms=arms, reports=dict(plain["reports"]), report_keys=dict(plain["report_keys"]))
 
 
 def run_of(seed: int, key: str, records: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any]) -> Run:

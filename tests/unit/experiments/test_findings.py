@@ -18,8 +18,9 @@ def arm_of(*series: list[float | None]) -> ArmFindings:
     run = synthetic_run(np.random.default_rng(0), 0, "key")
     runs = [replace(run, seed=seed, series={RATIO: values}) for seed, values in enumerate(series)]
     return ArmFindings(
-        student="s", teacher="t", settings={}, runs=runs, before_by_problem=[0.5], teacher_by_problem=[1.0]
-    )
+        student="s", teacher="t", settings={}, runs=runs, before_by_problem=[0.5], teacher_by_problem=[1.0],
+        evaluation_keys=[],
+    )  # fmt: skip
 
 
 def records() -> list[dict[str, Any]]:
