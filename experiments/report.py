@@ -82,6 +82,7 @@ def _section(experiment: Experiment, findings: Findings, page: Path, results: Pa
             f'<a id="{experiment.name}"></a>\n',
             f"## {experiment.figures}: {experiment.title}\n",
             f"{experiment.setting} Section {experiment.section}; [definition and paper's configuration]({folder}).\n",
+            *([f"**Chosen in sight of the outcome.** {experiment.caveat}\n"] if experiment.caveat else []),
             *([stale] if stale else []),
             claims_table(experiment.claims(findings)),
             f"![{experiment.figures}: {experiment.title}]({path})\n",
