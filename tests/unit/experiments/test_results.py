@@ -1,13 +1,18 @@
 """Results know what they are of."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from experiments.arms import Arm, Command, Evaluation
 from experiments.experiment import Experiment, load
-from experiments.results import is_as_defined
+from experiments.findings import findings_of
+from experiments.results import collect, is_as_defined
+from experiments.store import Store, evaluations_of
+from services.trainer.run_log import METRICS_FILE
 from tests.unit.experiments.synthetic import synthetic_findings
 
 EXPERIMENT = load("fig14_reward_auroc")
@@ -42,3 +47,24 @@ def test_results_are_of_the_definition_that_they_were_made_with() -> None:
 )
 def test_whatever_has_changed_makes_results_stale(changed: Experiment) -> None:
     assert not is_as_defined(changed, FOUND)
+
+
+def test_what_a_store_holds_is_as_defined_when_written_and_read_again(tmp_path: Path) -> None:
+    store, experiment = (
+        Store(folder=tmp_path / "store"),
+        replace(EXPERIMENT, arms={LABEL: ARM}, reports={REPORT: COMMAND}),
+    )
+    for job in evaluations_of(ARM):
+        write(store.evaluation_file(*job), {"accuracy_by_problem": [0.5, 1.0], "by_level": {}})
+    for seed in ARM.seeds:
+        write(store.run_folder(ARM, seed) / METRICS_FILE, {"step": 1, "loss/objective": 0.5})
+    write(store.command_folder(COMMAND) / COMMAND.product, {"teachers": []})
+    findings = collect(experiment, store)
+    assert is_as_defined(experiment, findings)
+    again = findings_of(json.loads(json.dumps(findings.as_json())))
+    assert again == findings and is_as_defined(experiment, again)
+
+
+def write(path: Path, content: Mapping[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
