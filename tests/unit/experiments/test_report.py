@@ -9,7 +9,7 @@ import pytest
 from experiments import results
 from experiments.cast import GRPO_CHOICE
 from experiments.experiment import load, names
-from experiments.report import PAGE, claims_table, write_report
+from experiments.report import PAGE, claims_table, not_run, write_report
 from tests.unit.experiments.synthetic import synthetic_findings
 
 NAME = "fig02_thinking_patterns"
@@ -64,3 +64,11 @@ def test_the_committed_page_says_what_the_committed_results_say(tmp_path: Path) 
         findings = results.read_results(experiment)
         assert findings is not None
         assert claims_table(experiment.claims(findings)) in page, "write it again with `opd experiment report`"
+
+
+def test_the_committed_page_says_what_is_left_and_what_it_still_needs() -> None:
+    done = {path.stem for path in results.RESULTS.glob("*.json")}
+    page = PAGE.read_text(encoding="utf-8")
+    left = not_run([load(name) for name in names() if name not in done])
+    assert all(part in page for part in left), "write it again with `opd experiment report`"
+    assert ("## Not run yet" in page) == bool(left)
