@@ -31,7 +31,10 @@ class Check:
     low: float = -math.inf
     high: float = math.inf
     start: Estimate | None = None
-    """Where the quantity stood before training, when `estimate` is a change or a final value."""
+    """Where the quantity stood before training, when `estimate` is a change or a final value.
+
+    Of a difference between two arms it is their difference then, and absent where both began as one model.
+    """
 
     def verdict(self) -> Verdict:
         if self.estimate is None:

@@ -11,7 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.trainer.diagnostics.outcomes import auroc
-from services.trainer.evaluation.estimates import CONFIDENCE, NUM_RESAMPLES, Estimate, gap_recovery
+from services.trainer.evaluation.estimates import (
+    CONFIDENCE,
+    NUM_RESAMPLES,
+    Estimate,
+    gap_recovery,
+    shares_of_gaps,
+)
 
 Values = NDArray[np.float64]
 
@@ -25,7 +31,8 @@ def of_accuracies(combine: Callable[..., Values | float], *tables_SP: Values, se
     """`combine` of the tables' means, such as a difference; each table has S seeds of its own and the same P problems.
 
     Percentile bootstrap: problems are resampled together for all tables, seeds for each table by itself. `combine` is
-    given one number per table, or one array [R] per table.
+    given one number per table, or one array [R] per table. A resample that is not a number could be anything and counts
+    below and above all others; bounds may be infinite.
     """
     generator = np.random.default_rng([seed, *(size for table in tables_SP for size in table.shape)])
     num_problems = tables_SP[0].shape[1]
@@ -35,21 +42,44 @@ def of_accuracies(combine: Callable[..., Values | float], *tables_SP: Values, se
         means_RS = np.stack([row_P[problems_RP].mean(axis=1) for row_P in table_SP], axis=1)
         seeds_RS = generator.integers(table_SP.shape[0], size=means_RS.shape)
         resampled.append(np.take_along_axis(means_RS, seeds_RS, axis=1).mean(axis=1))
-    low, high = np.quantile(np.asarray(combine(*resampled)), _TAILS)
+    combined_R = np.asarray(combine(*resampled))
+    low, high = (
+        np.quantile(np.where(np.isnan(combined_R), extreme, combined_R), tail, method="inverted_cdf")
+        for tail, extreme in zip(_TAILS, (-np.inf, np.inf), strict=True)
+    )
     value = combine(*(float(table.mean()) for table in tables_SP))
     return Estimate(value=float(value), low=float(low), high=float(high))
 
 
 def recovery(before_SP: Values, after_SP: Values, teacher_SP: Values) -> Estimate | None:
     """(after - before) / (teacher - before); None where the gap is negative or under two standard errors."""
-    found = gap_recovery(before_SP.mean(axis=0), after_SP.mean(axis=0), teacher_SP.mean(axis=0))
-    if found.estimate is None:
+    if not _has_gap(before_SP, after_SP, teacher_SP):
+        return None
+    return of_accuracies(_share, before_SP, after_SP, teacher_SP)
+
+
+def recovery_difference(first: Sequence[Values], second: Sequence[Values]) -> Estimate | None:
+    """One recovery minus another, each of the tables before, after and teacher; None where either is None.
+
+    A resample in which both are infinite alike says nothing of their difference, and widens the interval both ways.
+    """
+    if not (_has_gap(*first) and _has_gap(*second)):
         return None
 
-    def ratio(before: Values, after: Values, teacher: Values) -> Values:
-        return (after - before) / (teacher - before)
+    def difference(*means: Values) -> Values:
+        with np.errstate(invalid="ignore"):
+            return np.asarray(_share(*means[:3]) - _share(*means[3:]))
 
-    return of_accuracies(ratio, before_SP, after_SP, teacher_SP)
+    return of_accuracies(difference, *first, *second)
+
+
+def _has_gap(before_SP: Values, after_SP: Values, teacher_SP: Values) -> bool:
+    means = (table_SP.mean(axis=0) for table_SP in (before_SP, after_SP, teacher_SP))
+    return gap_recovery(*means).estimate is not None
+
+
+def _share(before: Values, after: Values, teacher: Values) -> Values:
+    return shares_of_gaps(np.asarray(after - before), np.asarray(teacher - before))
 
 
 def of_aurocs(
@@ -95,6 +125,13 @@ def difference_of(first_N: Sequence[float], second_N: Sequence[float]) -> Estima
     # The smaller sample's degrees of freedom are a lower bound of Welch's.
     half = _t(min(first.size, second.size) - 1) * float(variance) ** 0.5
     return _around(float(first.mean() - second.mean()), half)
+
+
+def distance_of(difference: Estimate) -> Estimate:
+    """How far from 0: the absolute value, and the nearest and furthest that the interval reaches."""
+    ends = sorted((abs(difference.low), abs(difference.high)))
+    low = 0.0 if difference.low <= 0 <= difference.high else ends[0]
+    return Estimate(value=abs(difference.value), low=low, high=ends[1])
 
 
 def _t(degrees_of_freedom: int) -> float:

@@ -35,6 +35,8 @@ class Experiment:
     panels: Sequence[Panel]
     reports: Mapping[str, Command] = field(default_factory=dict)
     """Commands whose JSON report is measured."""
+    caveat: str = ""
+    """What a reader of the verdicts has to know, such as a setting that was chosen in sight of what is claimed."""
 
     def makers(self) -> list[Arm | Command]:
         """Everything to run, what others rest on first, each once."""

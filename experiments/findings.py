@@ -7,6 +7,7 @@ problems.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ METRICS = (
 """Of every step; one that a run does not have is absent."""
 BY_POSITION = ("distill/entropy_student", "distill/entropy_teacher", "distill/overlap_ratio")
 EDGES = "distill/position_edges"
+SMOOTHED_STEPS = 5
+"""A single step is a few rollouts; what is said of every step is judged by means of so many in a row."""
 _DIGITS = 6
 
 
@@ -73,6 +76,8 @@ class ArmFindings:
     """[P], of the student it began with."""
     teacher_by_problem: list[float] | None
     """None where there is no teacher."""
+    evaluation_keys: list[str]
+    """Of the student before, the teacher, if any, and every run: what was graded, and how."""
 
     @property
     def after_SP(self) -> Values:
@@ -112,10 +117,33 @@ class ArmFindings:
             return estimates.mean_of([a - b for a, b in zip(mine, others, strict=True)])
         return estimates.difference_of(mine, others)
 
+    def largest_gap(self, other: "ArmFindings", name: str, num_steps: int) -> Estimate | None:
+        """Largest distance of the curves, each the mean of `num_steps` steps in a row, over the steps both have.
+
+        Every place has an interval over its steps, which are paired: value and lower bound are those of the widest
+        place, the upper bound is the largest of all, so that it is below a limit only where the curves are everywhere.
+        """
+        gaps = self._step_gaps(other, name)
+        places = [estimates.mean_of(gaps[start : start + num_steps]) for start in range(len(gaps) - num_steps + 1)]
+        found = [estimates.distance_of(place) for place in places if place is not None]
+        if not found:
+            return None
+        widest = max(found, key=lambda place: place.value)
+        return Estimate(value=widest.value, low=widest.low, high=max(place.high for place in found))
+
     def extreme(self, name: str, *, steps: slice = slice(None)) -> list[float]:
         """The largest value of each seed."""
         known = [[value for value in run.series.get(name, [])[steps] if value is not None] for run in self.runs]
         return [max(values) for values in known if values]
+
+    def lowest(self, name: str) -> list[float]:
+        """The smallest mean of `SMOOTHED_STEPS` steps in a row, of each seed that has so many."""
+        known = [run.window(name, Window.ALL) for run in self.runs]
+        return [
+            min(fmean(values[start : start + SMOOTHED_STEPS]) for start in range(len(values) - SMOOTHED_STEPS + 1))
+            for values in known
+            if len(values) >= SMOOTHED_STEPS
+        ]
 
     def back_minus_front(self, name: str, window: Window) -> list[float]:
         """Last known bucket of positions minus the first, of every step of the window in the first seed."""
@@ -133,6 +161,10 @@ class ArmFindings:
     def before(self) -> Estimate:
         return estimates.of_accuracies(lambda before: before, self.before_SP)
 
+    def before_over(self, other: "ArmFindings") -> Estimate:
+        """Accuracy before training, this arm's student minus the other's."""
+        return estimates.of_accuracies(lambda mine, others: mine - others, self.before_SP, other.before_SP)
+
     def teacher_lead(self) -> Estimate:
         """Accuracy of the teacher minus the student's before."""
         return estimates.of_accuracies(lambda teacher, before: teacher - before, self.teacher_SP, self.before_SP)
@@ -141,9 +173,21 @@ class ArmFindings:
         """The share of the gap to the teacher that has closed."""
         return estimates.recovery(self.before_SP, self.after_SP, self.teacher_SP)
 
+    def recovery_over(self, other: "ArmFindings") -> Estimate | None:
+        """The share that has closed, this arm minus the other."""
+        mine, others = ((arm.before_SP, arm.after_SP, arm.teacher_SP) for arm in (self, other))
+        return estimates.recovery_difference(mine, others)
+
     def accuracy_over(self, other: "ArmFindings") -> Estimate:
         """Accuracy after training, this arm minus the other."""
         return estimates.of_accuracies(lambda mine, others: mine - others, self.after_SP, other.after_SP)
+
+    def _step_gaps(self, other: "ArmFindings", name: str) -> list[float]:
+        """This arm's mean over seeds minus the other's, of every step at which all seeds of both have a value."""
+        mine, others = ([run.series.get(name, []) for run in arm.runs] for arm in (self, other))
+        steps = zip(*mine, *others, strict=False)
+        known = [values for step in steps if len(values := [v for v in step if v is not None]) == len(step)]
+        return [fmean(values[: len(mine)]) - fmean(values[len(mine) :]) for values in known]
 
     def _units(self, name: str, window: Window) -> list[float]:
         found = [values for run in self.runs if (values := run.window(name, window))]
@@ -159,6 +203,8 @@ class Findings:
     arms: dict[str, ArmFindings]
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By label, the JSON report of each command that makes one."""
+    report_keys: dict[str, str] = field(default_factory=dict)
+    """By label, the key of that command."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -170,7 +216,7 @@ def findings_of(plain: Mapping[str, Any]) -> Findings:
         label: ArmFindings(**{**arm, "runs": [Run(**run) for run in arm["runs"]]})
         for label, arm in plain["arms"].items()
     }
-    return Findings(arms=arms, reports=dict(plain["reports"]))
+    return Findings(arms=arms, reports=dict(plain["reports"]), report_keys=dict(plain["report_keys"]))
 
 
 def run_of(seed: int, key: str, records: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any]) -> Run:

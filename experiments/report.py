@@ -42,7 +42,7 @@ def write_report(output: Path | None = None, results: Path = RESULTS) -> Path:
     done = [(experiment, findings) for experiment, findings in found if findings is not None]
     sections = [_section(experiment, findings, page, results) for experiment, findings in done]
     missing = [experiment for experiment, findings in found if findings is None]
-    parts = [_HEAD, *_summary(done), *_not_run(missing), *sections]
+    parts = [_HEAD, *_summary(done), *not_run(missing), *sections]
     page.write_text("\n".join(parts), encoding="utf-8")
     return page
 
@@ -61,7 +61,8 @@ def _summary(done: Sequence[tuple[Experiment, Findings]]) -> list[str]:
     return ["\n".join(lines) + "\n"]
 
 
-def _not_run(missing: Sequence[Experiment]) -> list[str]:
+def not_run(missing: Sequence[Experiment]) -> list[str]:
+    """The part on experiments without results, with what this version lacks for each; nothing where there are none."""
     if not missing:
         return []
     lines = ["## Not run yet\n", "| experiment | of the paper | minutes by itself | needs |", _rule(4)]
@@ -82,6 +83,7 @@ def _section(experiment: Experiment, findings: Findings, page: Path, results: Pa
             f'<a id="{experiment.name}"></a>\n',
             f"## {experiment.figures}: {experiment.title}\n",
             f"{experiment.setting} Section {experiment.section}; [definition and paper's configuration]({folder}).\n",
+            *([f"**Chosen in sight of the outcome.** {experiment.caveat}\n"] if experiment.caveat else []),
             *([stale] if stale else []),
             claims_table(experiment.claims(findings)),
             f"![{experiment.figures}: {experiment.title}]({path})\n",

@@ -11,8 +11,8 @@ from pathlib import Path
 from experiments.claims import Claim
 from experiments.experiment import FOLDER, Experiment
 from experiments.findings import Findings, findings_of
-from experiments.keys import run_key
-from experiments.store import Store
+from experiments.keys import command_key, run_key
+from experiments.store import Store, evaluation_keys_of
 
 RESULTS = FOLDER / "results"
 MAX_FIGURE_BYTES = 500_000
@@ -21,7 +21,11 @@ MAX_FIGURE_BYTES = 500_000
 def collect(experiment: Experiment, store: Store) -> Findings:
     """The findings of an experiment of which nothing is missing."""
     arms = {label: store.findings(arm) for label, arm in experiment.arms.items()}
-    return Findings(arms=arms, reports={label: store.report(made) for label, made in experiment.reports.items()})
+    return Findings(
+        arms=arms,
+        reports={label: store.report(made) for label, made in experiment.reports.items()},
+        report_keys=_report_keys(experiment),
+    )
 
 
 def write_results(experiment: Experiment, store: Store, results: Path = RESULTS) -> Sequence[Claim]:
@@ -61,6 +65,14 @@ def read_results(experiment: Experiment, results: Path = RESULTS) -> Findings | 
 
 
 def is_as_defined(experiment: Experiment, findings: Findings) -> bool:
-    """Whether the findings are of the arms as they are defined now."""
-    defined = {label: [run_key(arm, seed) for seed in arm.seeds] for label, arm in experiment.arms.items()}
-    return defined == {label: [run.key for run in arm.runs] for label, arm in findings.arms.items()}
+    """Whether runs, grades and reports of the findings are those of the experiment as it is defined now."""
+    defined = {
+        label: ([run_key(arm, seed) for seed in arm.seeds], evaluation_keys_of(arm))
+        for label, arm in experiment.arms.items()
+    }
+    found = {label: ([run.key for run in arm.runs], arm.evaluation_keys) for label, arm in findings.arms.items()}
+    return defined == found and _report_keys(experiment) == findings.report_keys
+
+
+def _report_keys(experiment: Experiment) -> dict[str, str]:
+    return {label: command_key(command) for label, command in experiment.reports.items()}

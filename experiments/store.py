@@ -72,6 +72,7 @@ class Store:
             runs=[self._run(arm, seed) for seed in arm.seeds],
             before_by_problem=by_problem(arm.student),
             teacher_by_problem=by_problem(arm.teacher) if arm.teacher else None,
+            evaluation_keys=evaluation_keys_of(arm),
         )
 
     def _run(self, arm: Arm, seed: int) -> Run:
@@ -83,6 +84,11 @@ def evaluations_of(arm: Arm) -> list[tuple[Model, Evaluation, int | None]]:
     """Every evaluation an arm is judged by: of its student before, its teacher and each seed of itself."""
     others = [model for model in (arm.student, arm.teacher) if model is not None]
     return [*((model, arm.evaluation, None) for model in others), *((arm, arm.evaluation, seed) for seed in arm.seeds)]
+
+
+def evaluation_keys_of(arm: Arm) -> list[str]:
+    """Of `evaluations_of`."""
+    return [evaluation_key(*job) for job in evaluations_of(arm)]
 
 
 def _read(path: Path) -> dict[str, Any]:

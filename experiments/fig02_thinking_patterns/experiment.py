@@ -48,7 +48,6 @@ def claims(found: Findings) -> Sequence[Claim]:
                     what="accuracy after, post minus other",
                     estimate=post.accuracy_over(other),
                     low=0,
-                    start=post.before(),
                 )
             ],
             conditions=[comparable],

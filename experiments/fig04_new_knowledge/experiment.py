@@ -23,11 +23,13 @@ def claims(found: Findings) -> Sequence[Claim]:
 def _claims_of(found: Findings, student: str, post_label: str, same_label: str) -> Sequence[Claim]:
     post, same = found.arms[post_label], found.arms[same_label]
     share = "share of the gap to the teacher that closed"
+    lead = Check(what="lead of the same-pipeline teacher", estimate=same.teacher_lead(), low=0)
     return [
         Claim(
             statement=f"A teacher of the same pipeline adds little ({student}).",
             section="3.2",
             checks=[Check(what="gain in accuracy", estimate=same.gain(), high=SMALL_GAIN, start=same.before())],
+            conditions=[lead],
         ),
         Claim(
             statement=f"A post-trained teacher adds substantially more ({student}).",
@@ -37,9 +39,9 @@ def _claims_of(found: Findings, student: str, post_label: str, same_label: str) 
                     what="accuracy after, post-trained minus same pipeline",
                     estimate=post.accuracy_over(same),
                     low=SMALL_GAIN,
-                    start=post.before(),
                 )
             ],
+            conditions=[lead],
         ),
         Claim(
             statement=f"A post-trained teacher's gap is recovered for the larger part ({student}).",
@@ -50,7 +52,7 @@ def _claims_of(found: Findings, student: str, post_label: str, same_label: str) 
             statement=f"Of a better teacher of the same pipeline, a much smaller part is recovered ({student}).",
             section="3.2",
             checks=[Check(what=share, estimate=same.recovery(), high=LARGE_RECOVERY)],
-            conditions=[Check(what="lead of the same-pipeline teacher", estimate=same.teacher_lead(), low=0)],
+            conditions=[lead],
         ),
     ]
 

@@ -6,7 +6,7 @@ from experiments.cast import BIG_FAILURE, BIG_SUCCESS, FAILURE, SUCCESS
 from experiments.claims import Check, Claim
 from experiments.estimates import mean_of
 from experiments.experiment import Experiment
-from experiments.findings import ArmFindings, Findings, Window
+from experiments.findings import SMOOTHED_STEPS, ArmFindings, Findings, Window
 from experiments.panels import (
     ADVANTAGE,
     ENTROPY_GAP,
@@ -33,13 +33,20 @@ def claims(found: Findings) -> Sequence[Claim]:
     return [claim for pair in pairs for claim in (*_alignment(*pair), *_optimization(*pair))]
 
 
+def _as_named(works: ArmFindings, fails: ArmFindings) -> list[Check]:
+    """That the run said to work does, and that the one said to fail does not."""
+    return [
+        Check(what="gain of the working run", estimate=works.gain(), low=0, start=works.before()),
+        Check(what="gain of the failing run", estimate=fails.gain(), high=STANDSTILL, start=fails.before()),
+    ]
+
+
 def _alignment(student: str, works: ArmFindings, fails: ArmFindings) -> list[Claim]:
-    failing = Check(what="gain of the failing run", estimate=fails.gain(), high=STANDSTILL, start=fails.before())
     return [
         Claim(
             statement=f"One teacher helps and another does not, though it is no worse ({student}).",
             section="4.1",
-            checks=[Check(what="gain of the working run", estimate=works.gain(), low=0, start=works.before()), failing],
+            checks=_as_named(works, fails),
             conditions=[Check(what="lead of the failing run's teacher", estimate=fails.teacher_lead(), low=0)],
         ),
         Claim(
@@ -49,16 +56,17 @@ def _alignment(student: str, works: ArmFindings, fails: ArmFindings) -> list[Cla
         ),
         _contrast(student, works, fails, "The overlap ratio rises where a run works and stalls where it fails", +1,
                   "distill/overlap_ratio"),
-        _contrast(student, works, fails, "The overlap-token advantage nears 0 where a run works, not where it fails",
-                  +1, "distill/overlap_advantage"),
-        _contrast(student, works, fails, "The entropy gap narrows where a run works, and not where it fails", -1,
+        _contrast(student, works, fails,
+                  "The overlap-token advantage nears 0 where a run works and stalls where it fails", +1,
+                  "distill/overlap_advantage"),
+        _contrast(student, works, fails, "The entropy gap narrows where a run works and stalls where it fails", -1,
                   "distill/entropy_gap"),
         Claim(
             statement=f"Overlap tokens hold 97 % and more of both models' mass throughout ({student}).",
             section="B.1",
             checks=[
-                Check(what=f"{side}'s mass, {name} run", low=0.97,
-                      estimate=arm.metric(f"distill/overlap_mass_{side}", Window.ALL),
+                Check(what=f"{side}'s mass, {name} run, lowest mean of {SMOOTHED_STEPS} steps in a row", low=0.97,
+                      estimate=mean_of(arm.lowest(f"distill/overlap_mass_{side}")),
                       start=arm.metric(f"distill/overlap_mass_{side}", FIRST))
                 for name, arm in (("working", works), ("failing", fails)) for side in ("student", "teacher")
             ],
@@ -67,19 +75,24 @@ def _alignment(student: str, works: ArmFindings, fails: ArmFindings) -> list[Cla
 
 
 def _contrast(student: str, works: ArmFindings, fails: ArmFindings, statement: str, sign: int, metric: str) -> Claim:
-    """The working run's metric moves in the direction of `sign`, the failing run's by less than half as much."""
-    changes = zip(works.changes(metric), fails.changes(metric), strict=True)
-    excess = mean_of([other - change / 2 for change, other in changes])
-    direction, limit = ({"low": 0.0}, {"high": 0.0}) if sign > 0 else ({"high": 0.0}, {"low": 0.0})
+    """The working run's metric moves in the direction of `sign`, the failing run's less than half as far, up or down.
+
+    Two checks and no absolute value, which noise alone would move away from 0.
+    """
+    changes = list(zip(works.changes(metric), fails.changes(metric), strict=True))
+    above = mean_of([other - sign * change / 2 for change, other in changes])
+    below = mean_of([other + sign * change / 2 for change, other in changes])
+    direction = {"low": 0.0} if sign > 0 else {"high": 0.0}
     return Claim(
         statement=f"{statement} ({student}).",
         section="4.1" if student == "student-base" else "B.3",
         checks=[
             Check(what="change in the working run", estimate=works.change(metric), start=works.metric(metric, FIRST),
                   **direction),
-            Check(what="change in the failing run minus half of that", estimate=excess,
-                  start=fails.metric(metric, FIRST), **limit),
+            Check(what="change in the failing run minus half the size of that", estimate=above, high=0),
+            Check(what="change in the failing run plus half the size of that", estimate=below, low=0),
         ],
+        conditions=_as_named(works, fails),
     )  # fmt: skip
 
 
@@ -95,6 +108,7 @@ def _optimization(student: str, works: ArmFindings, fails: ArmFindings) -> list[
                 Check(what="gradient norm, working minus failing, first steps",
                       estimate=works.difference(fails, "optim/grad_norm", FIRST), low=0),
             ],
+            conditions=_as_named(works, fails),
         ),
         Claim(
             statement=f"The gap at the most extreme token narrows where a run works, not where it fails ({student}).",
@@ -105,6 +119,7 @@ def _optimization(student: str, works: ArmFindings, fails: ArmFindings) -> list[
                 Check(what="failing minus working, last steps", estimate=fails.difference(works, extreme, LAST), low=0,
                       start=fails.difference(works, extreme, FIRST)),
             ],
+            conditions=_as_named(works, fails),
         ),
     ]  # fmt: skip
 

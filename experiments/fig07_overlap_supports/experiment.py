@@ -43,8 +43,7 @@ def _claims_of(found: Findings, form: str) -> list[Claim]:
             statement=f"Training on the overlap alone matches the student's top k ({form}).",
             section="4.2",
             checks=[
-                Check(what="accuracy after, overlap minus student's top k", estimate=match, start=student.before(),
-                      **within(MATCH)),
+                Check(what="accuracy after, overlap minus student's top k", estimate=match, **within(MATCH)),
             ],
         ),
         Claim(
@@ -68,7 +67,7 @@ def _others(form: str, others: ArmFindings, student: ArmFindings) -> list[Claim]
             section="4.2",
             checks=[
                 Check(what="accuracy after, non-overlap minus student's top k", estimate=others.accuracy_over(student),
-                      start=student.before(), high=0),
+                      high=0),
             ],
         ),
         Claim(

@@ -1,11 +1,13 @@
-"""Figs 9 and 22: prompts in the template that the teacher was post-trained with, and in another."""
+"""Figs 9 and 22: prompts in the template that the teacher was post-trained with, and in another.
+
+GRPO's rate and steps were chosen in sight of what is claimed; `GRPO_CHOICE` says how and stands beside the results.
+"""
 
 from collections.abc import Sequence
 
 from experiments.arms import Arm, Evaluation
-from experiments.cast import BASE, GRPO
+from experiments.cast import BASE, GRPO, GRPO_CHOICE
 from experiments.claims import Check, Claim
-from experiments.estimates import of_accuracies
 from experiments.experiment import Experiment
 from experiments.findings import Findings, Window
 from experiments.panels import OVERLAP, STUDENT_MASS, TRAINING_ACCURACY, Accuracies, ByLevel
@@ -20,13 +22,6 @@ ALIGNED_ARM = Arm(
 def claims(found: Findings) -> Sequence[Claim]:
     aligned, original = found.arms[ALIGNED], found.arms[ORIGINAL]
     ratio = "distill/overlap_ratio"
-    tables = [table for arm in (aligned, original) for table in (arm.before_SP, arm.after_SP, arm.teacher_SP)]
-
-    def share(before: float, after: float, teacher: float) -> float:
-        return (after - before) / (teacher - before)
-
-    has_gaps = aligned.recovery() is not None and original.recovery() is not None
-    more = of_accuracies(lambda *means: share(*means[:3]) - share(*means[3:]), *tables) if has_gaps else None
     return [
         Claim(
             statement="The teacher's template raises the final accuracy.",
@@ -34,14 +29,14 @@ def claims(found: Findings) -> Sequence[Claim]:
             checks=[
                 Check(
                     what="accuracy after, aligned minus original", estimate=aligned.accuracy_over(original),
-                    start=of_accuracies(lambda one, two: one - two, aligned.before_SP, original.before_SP), low=0,
+                    start=aligned.before_over(original), low=0,
                 )
             ],
         ),
         Claim(
             statement="The teacher's template raises the share of the gap that is recovered.",
             section="C.4",
-            checks=[Check(what="recovery, aligned minus original", estimate=more, low=0)],
+            checks=[Check(what="recovery, aligned minus original", estimate=aligned.recovery_over(original), low=0)],
         ),
         Claim(
             statement="With the teacher's template the overlap ratio begins and ends higher.",
@@ -49,8 +44,8 @@ def claims(found: Findings) -> Sequence[Claim]:
             checks=[
                 Check(
                     what=f"overlap ratio, aligned minus original, {window.name.lower()} steps",
-                    estimate=aligned.difference(original, ratio, window), start=original.metric(ratio, Window.FIRST),
-                    low=0,
+                    estimate=aligned.difference(original, ratio, window), low=0,
+                    start=aligned.difference(original, ratio, Window.FIRST) if window is not Window.FIRST else None,
                 )
                 for window in (Window.FIRST, Window.LAST)
             ],
@@ -68,6 +63,7 @@ EXPERIMENT = Experiment(
         "same problems asked in boxed and in dapo. Both templates were as common in the student's own first training."
     ),
     arms={ALIGNED: ALIGNED_ARM, ORIGINAL: Arm(student=BASE, teacher=GRPO)},
+    caveat=GRPO_CHOICE,
     claims=claims,
     panels=(Accuracies(), ByLevel(), TRAINING_ACCURACY, OVERLAP, STUDENT_MASS),
 )

@@ -35,7 +35,7 @@ def claims(found: Findings) -> Sequence[Claim]:
             statement="Very short responses teach less than moderate ones.",
             section="6.1",
             checks=[
-                Check(what=f"accuracy after, {MODERATE} minus {SHORTEST} tokens", start=moderate.before(),
+                Check(what=f"accuracy after, {MODERATE} minus {SHORTEST} tokens",
                       estimate=moderate.accuracy_over(shortest), low=0),
             ],
         ),
@@ -43,7 +43,7 @@ def claims(found: Findings) -> Sequence[Claim]:
             statement="Beyond moderate lengths there is nothing to gain.",
             section="6.1",
             checks=[
-                Check(what=f"accuracy after, {LONGEST} minus {MODERATE} tokens", start=moderate.before(),
+                Check(what=f"accuracy after, {LONGEST} minus {MODERATE} tokens",
                       estimate=longest.accuracy_over(moderate), high=0.02),
             ],
         ),
@@ -112,9 +112,7 @@ def _continuation(found: Findings, label: str) -> Claim:
     return Claim(
         statement=f"What the teacher's continuation adds falls with the depth of the student's prefix ({label}).",
         section="6.1",
-        checks=[
-            Check(what="gain at the smallest depth minus gain at the largest", estimate=decline, start=first, low=0)
-        ],
+        checks=[Check(what="gain at the smallest depth minus gain at the largest", estimate=decline, low=0)],
         conditions=[Check(what=f"gain at {shallow} tokens", estimate=first, low=0)],
     )
 

@@ -1,6 +1,7 @@
 """The rules of the house, kept by a test: who may import what, how long a file may be, what no file may contain."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -147,3 +148,14 @@ def test_importing_the_core_loads_nothing_heavy() -> None:
         "heavy = {'torch', 'transformers', 'vllm', 'fastapi'} & set(sys.modules)\nassert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT, timeout=50)
+
+
+def test_a_package_names_only_files_that_it_has() -> None:
+    missing = [
+        f"{path.relative_to(ROOT)} names {name}"
+        for path in sources(*PACKAGES)
+        if path.name == "__init__.py"
+        for name in re.findall(r"`(\w+\.py)`", ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
+        if not (path.parent / name).is_file()
+    ]
+    assert missing == []

@@ -94,12 +94,19 @@ def gap_recovery(before_P: Values, after_P: Values, teacher_P: Values, *, seed: 
     if gap <= 0 or gap < _MIN_GAP_STANDARD_ERRORS * standard_error:
         reason = "not two standard errors above zero"
         return GapRecovery(estimate=None, gap=gap, gap_standard_error=standard_error, reason=reason)
-    unbounded = np.where(gains == 0, 0.0, np.copysign(np.inf, gains))
-    ratios = np.where(gaps > 0, gains / np.where(gaps > 0, gaps, 1.0), unbounded)
-    low, high = np.quantile(ratios, tails(), method="inverted_cdf")
+    low, high = np.quantile(shares_of_gaps(gains, gaps), tails(), method="inverted_cdf")
     value = float((after_P - before_P).mean()) / gap
     estimate = Estimate(value=value, low=float(low), high=float(high))
     return GapRecovery(estimate=estimate, gap=gap, gap_standard_error=standard_error)
+
+
+def shares_of_gaps(gains: Values, gaps: Values) -> Values:
+    """gain / gap of every resample; infinite, with the sign of the gain, where the gap is not positive.
+
+    Bounds of such shares are order statistics (``inverted_cdf``): nothing lies between a number and infinity.
+    """
+    unbounded = np.where(gains == 0, 0.0, np.copysign(np.inf, gains))
+    return np.where(gaps > 0, gains / np.where(gaps > 0, gaps, 1.0), unbounded)
 
 
 def resampled_counts(num_problems: int, seed: int) -> Values:

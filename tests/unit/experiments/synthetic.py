@@ -7,7 +7,8 @@ import numpy as np
 from experiments.arms import name_of
 from experiments.experiment import Experiment
 from experiments.findings import BY_POSITION, METRICS, ArmFindings, Findings, Run
-from experiments.keys import run_key
+from experiments.keys import command_key, run_key
+from experiments.store import evaluation_keys_of
 
 NUM_STEPS, NUM_PROBLEMS = 32, 16
 EDGES = [0.0, 16.0, 32.0, 64.0, 128.0]
@@ -24,10 +25,15 @@ def synthetic_findings(experiment: Experiment, seed: int = 0) -> Findings:
             runs=[synthetic_run(random, run_seed, run_key(arm, run_seed)) for run_seed in arm.seeds],
             before_by_problem=random.uniform(0.3, 0.5, NUM_PROBLEMS).tolist(),
             teacher_by_problem=random.uniform(0.8, 1.0, NUM_PROBLEMS).tolist() if arm.teacher else None,
+            evaluation_keys=evaluation_keys_of(arm),
         )
         for label, arm in experiment.arms.items()
     }
-    return Findings(arms=arms, reports={label: synthetic_report(random) for label in experiment.reports})
+    return Findings(
+        arms=arms,
+        reports={label: synthetic_report(random) for label in experiment.reports},
+        report_keys={label: command_key(command) for label, command in experiment.reports.items()},
+    )
 
 
 def synthetic_run(random: np.random.Generator, seed: int, key: str) -> Run:

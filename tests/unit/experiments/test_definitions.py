@@ -1,12 +1,14 @@
 """Every experiment is whole: it can be judged, drawn, run within the time that was promised, and repeated on GPUs."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from experiments.arms import MAX_MINUTES_OF_SEVERAL_SEEDS, Arm
 from experiments.availability import missing_needs
+from experiments.cast import COLD_START, COLD_START_CHOICE, GRPO, GRPO_CHOICE
 from experiments.experiment import FOLDER, load, names
 from experiments.keys import settings_of
 from experiments.plan import estimated_minutes
@@ -80,3 +82,30 @@ def test_the_papers_configuration_is_one_of_the_trainer(name: str) -> None:
         assert settings.optim.lr == 1e-6
         assert settings.rollout.prompts_per_step == 64
         assert settings.evaluation.num_samples == 16
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_difference_starts_at_a_difference(name: str) -> None:
+    """Of arms that are all alike, every difference between two starts at 0 or is given without a start."""
+    experiment = load(name)
+    findings = synthetic_findings(experiment)
+    one = next(iter(findings.arms.values()))
+    alike = replace(findings, arms=dict.fromkeys(findings.arms, one))
+    checks = [check for claim in experiment.claims(alike) for check in (*claim.checks, *claim.conditions)]
+    between_two = [check for check in checks if " minus " in check.what or "largest gap" in check.what]
+    assert [check.what for check in between_two if check.start and abs(check.start.value) > 1e-9] == []
+
+
+CHOSEN = ((GRPO, GRPO_CHOICE, ("2e-4", "0.64", "6e-5", "0.43", "0.59", "8e-5", "96 steps")),
+          (COLD_START, COLD_START_CHOICE, ("8e-4", "0.10", "1e-3", "0.19", "1.5e-3", "0.79")))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", names())
+def test_what_was_chosen_in_sight_of_the_outcome_is_said(name: str) -> None:
+    experiment = load(name)
+    for maker, choice, figures in CHOSEN:
+        is_used = maker in experiment.makers()
+        assert (choice in experiment.caveat) == is_used
+        if is_used:
+            readme = (FOLDER / name / "README.md").read_text(encoding="utf-8")
+            assert all(figure in choice and figure in readme for figure in figures)

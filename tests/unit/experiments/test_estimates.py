@@ -89,6 +89,52 @@ def test_without_a_gap_there_is_no_recovery() -> None:
     assert estimates.recovery(before_SP, before_SP, before_SP - 0.1) is None
 
 
+def with_gap(num_standard_errors: float, gain: float, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Before, after and teacher on 100 problems; the gap has so many standard errors, the gain is alike."""
+    gaps_P = np.random.default_rng(seed).normal(size=100)
+    gaps_P = (gaps_P - gaps_P.mean()) / gaps_P.std() + num_standard_errors / 10
+    before_SP = np.zeros((1, 100))
+    return before_SP, before_SP + gain, before_SP + gaps_P
+
+
+@pytest.mark.parametrize("gain", [0.1, -0.1])
+def test_resamples_without_a_gap_count_as_infinite_recovery(gain: float) -> None:
+    """Of a gap of 2.2 standard errors 1.4 % of the resamples have none: the bound is that of the others at 1.1 %."""
+    before_SP, after_SP, teacher_SP = with_gap(2.2, gain, seed=0)
+    found = estimates.recovery(before_SP, after_SP, teacher_SP)
+    assert found is not None
+    picks = np.random.default_rng(9).integers(100, size=(20_000, 100))
+    near, far = np.quantile(teacher_SP[0][picks].mean(axis=1), [0.025, 0.975])
+    assert near > 0
+    closest, furthest = (found.low, found.high) if gain > 0 else (found.high, found.low)
+    assert closest == pytest.approx(gain / far, rel=0.04)
+    assert abs(gain / furthest) == pytest.approx(near, abs=0.014), "0.14 standard errors"
+    assert found.low < found.value < found.high
+
+
+def test_a_difference_of_recoveries_is_known_where_both_are() -> None:
+    clear, other = with_gap(30, 1.5, seed=1), with_gap(30, 0.9, seed=2)
+    found = estimates.recovery_difference(clear, other)
+    assert found is not None
+    assert found.value == pytest.approx(0.6 / 3)
+    assert 0 < found.low < found.value < found.high < 0.4
+    hidden = with_gap(1.5, 0.1, seed=3)
+    assert estimates.recovery_difference(clear, hidden) is None
+    assert estimates.recovery_difference(hidden, clear) is None
+
+
+def test_recoveries_that_are_infinite_together_widen_their_difference_both_ways() -> None:
+    """With 3 gaps in 10 problems 2.8 % of the resamples have none, for both arms at once."""
+    before_SP = np.zeros((1, 10))
+    teacher_SP = np.array([[1.0] * 3 + [0.0] * 7])
+    found = estimates.recovery_difference(
+        (before_SP, before_SP + 0.2, teacher_SP), (before_SP, before_SP + 0.1, teacher_SP)
+    )
+    assert found is not None
+    assert (found.low, found.high) == (-math.inf, math.inf)
+    assert found.value == pytest.approx(1 / 3)
+
+
 def area(rewards: list[float], is_correct: list[bool]) -> float:
     """By counting every pair."""
     right = [reward for reward, correct in zip(rewards, is_correct, strict=True) if correct]

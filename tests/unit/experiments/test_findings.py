@@ -18,8 +18,9 @@ def arm_of(*series: list[float | None]) -> ArmFindings:
     run = synthetic_run(np.random.default_rng(0), 0, "key")
     runs = [replace(run, seed=seed, series={RATIO: values}) for seed, values in enumerate(series)]
     return ArmFindings(
-        student="s", teacher="t", settings={}, runs=runs, before_by_problem=[0.5], teacher_by_problem=[1.0]
-    )
+        student="s", teacher="t", settings={}, runs=runs, before_by_problem=[0.5], teacher_by_problem=[1.0],
+        evaluation_keys=[],
+    )  # fmt: skip
 
 
 def records() -> list[dict[str, Any]]:
@@ -91,3 +92,18 @@ def test_arms_of_equal_seeds_are_compared_seed_by_seed() -> None:
     unpaired = one.difference(replace(two, runs=two.runs[:2]), RATIO, Window.ALL)
     assert unpaired is not None
     assert unpaired.low < 0
+
+
+def test_the_largest_gap_is_that_of_smoothed_curves_at_their_widest() -> None:
+    flat = [0.5] * 12
+    bump = [0.5] * 4 + [0.3, 0.25, 0.35, None] + [0.5] * 4
+    found = arm_of(flat).largest_gap(arm_of(bump), RATIO, 3)
+    assert found is not None
+    assert found.value == pytest.approx(0.2)
+    half = 4.303 * 0.05 / 3**0.5
+    assert found.low == pytest.approx(0.2 - half, abs=1e-4)
+    # Wider still at its uncertain ends: steps of 0, 0.2, 0.25 and of 0.25, 0.15, 0.
+    assert found.high == pytest.approx(0.15 + 4.303 * np.std([0, 0.2, 0.25], ddof=1) / 3**0.5, abs=1e-4)
+    same = arm_of(flat).largest_gap(arm_of(flat), RATIO, 3)
+    assert same is not None and (same.low, same.value, same.high) == (0, 0, 0)
+    assert arm_of(flat).largest_gap(arm_of(flat), RATIO, 13) is None
