@@ -212,6 +212,7 @@ def _step_metrics(parts: _Parts, student: Student, loss: DistillLoss) -> StepMet
     probe = GradientProbe(
         loss_of,
         student.model.parameters(),
+        objective=settings.objective,
         every_steps=settings.metrics.coherence_every_steps,
         num_rollouts=settings.metrics.coherence_rollouts,
         path=settings.run_dir / PROBE_FILE,
