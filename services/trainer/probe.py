@@ -1,9 +1,11 @@
 """The gradient probe: the same few rollouts throughout a run, whose gradients are compared every so many steps (6.2).
 
-The probe is taken from the first step that is measured and kept in the run folder, so that a resumed run goes on with
-the same one, unless its objective is another; its scores are the teacher's of then, the weights those after the step.
-A step with fewer rollouts than `MIN_ROLLOUTS` makes no probe, and the metric is absent; so it is once a measurement has
-failed, for want of memory or whatever else, since no diagnosis is worth a run.
+The probe is taken from the first step that has enough for it and kept in the run folder, so that a resumed run goes on
+with the same one, unless its objective is another; its scores are the teacher's of then, the weights those after the
+step.
+Where an advantage is the whole signal, rollouts without one have no gradient and are not taken. A step with fewer
+rollouts than `MIN_ROLLOUTS` makes no probe, and the metric is absent; so it is once a measurement has failed, for want
+of memory or whatever else, since no diagnosis is worth a run.
 """
 
 import hashlib
@@ -53,6 +55,7 @@ class GradientProbe:
         self._every_steps = every_steps
         self._num_rollouts = num_rollouts
         self._path = path
+        self._only_outcomes = not objective.uses_teacher
         self._objective = _digest(objective)
         self._probe = stored_probe(path, self._objective) if every_steps else None
 
@@ -83,7 +86,8 @@ class GradientProbe:
 
     def _rollouts(self, record: StepRecord) -> list[ScoredRollout]:
         if self._probe is None:
-            chosen = spread(record.scored)[: self._num_rollouts]
+            candidates = [item for item in record.scored if item.advantage or not self._only_outcomes]
+            chosen = spread(candidates)[: self._num_rollouts]
             if len(chosen) < MIN_ROLLOUTS:
                 return chosen
             write_probe(self._path, chosen, self._objective)

@@ -164,6 +164,28 @@ def test_another_objective_takes_a_probe_of_its_own(
     assert make_probe(graded, tmp_path).measure(record) == {} and not caplog.records
 
 
+def test_where_only_outcomes_teach_the_probe_is_of_rollouts_that_have_one(tmp_path: Path) -> None:
+    grpo = Setup(
+        objective=ObjectiveConfig(kind="grpo", score_top_k=6),
+        prompts_per_step=5,
+        rollouts_per_prompt=4,
+        reward=lambda rollout, prompt: float(rollout.response_token_ids[-1]),
+    )
+    record = grpo.loop().run_step()
+
+    def with_a_signal(groups: set[int]) -> StepRecord:
+        items = [
+            item if item.rollout.group in groups else dataclasses.replace(item, advantage=0.0) for item in record.scored
+        ]
+        return dataclasses.replace(record, scored=items)
+
+    probe = make_probe(grpo, tmp_path)
+    assert probe.measure(with_a_signal({1})) == {} and not (tmp_path / PROBE_FILE).exists()
+    assert probe.measure(with_a_signal(set(range(1, 5))))[KEY] > 0
+    _, chosen = read_probe(tmp_path / PROBE_FILE)
+    assert len(chosen) == 8 and all(item.advantage for item in chosen)
+
+
 def test_a_measurement_that_fails_does_not_end_the_run(
     trained: tuple[Setup, list[StepRecord]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
