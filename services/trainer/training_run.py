@@ -23,6 +23,7 @@ from services.trainer.loop import StepRecord, TrainingLoop
 from services.trainer.run_log import RunLog, first_and_last
 from services.trainer.step_metrics import StepMetrics
 from services.trainer.stop import StopRequested, StopSignal
+from services.trainer.teacher_client import fixed_part
 
 _log = logging.getLogger(__name__)
 _CLOSE_S = 10.0
@@ -63,7 +64,7 @@ class TrainingRun:
         self._first_step = loop.step
         self._saved_step = loop.step
         self._begun = time.monotonic()
-        self._fingerprints: dict[str, str] = {}
+        self._teachers: dict[str, str] = {}
         self._evaluations: list[dict[str, float]] = []
 
     def train(self) -> None:
@@ -105,8 +106,9 @@ class TrainingRun:
             self._evaluate()
 
     def _after_step(self, record: StepRecord) -> None:
-        if record.fingerprints != self._fingerprints:
-            self._fingerprints = record.fingerprints
+        teachers = {name: fixed_part(fingerprint) for name, fingerprint in record.fingerprints.items()}
+        if teachers != self._teachers:
+            self._teachers = teachers
             self._log.write_event("teachers", step=record.step, fingerprints=record.fingerprints)
         summary = self._metrics.summarize(record)
         written = self._log.write_step(record.step, summary.values, summary.arrays)
