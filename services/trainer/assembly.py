@@ -64,6 +64,7 @@ class _Parts:
     """What has been opened, read and checked before anything is trained."""
 
     settings: TrainSettings
+    resume: bool
     stop: StopSignal
     status: RunStatus
     console: RunConsole
@@ -113,6 +114,7 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
     teachers, teacher_head = _meet_teachers(settings, links, loaded, console)
     return _Parts(
         settings=settings,
+        resume=resume,
         stop=stop,
         status=status,
         console=console,
@@ -143,6 +145,8 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
     log.create(config)
     if parts.checkpoint is not None:
         _restore(parts.checkpoint, optimizer, log, settings)
+    elif parts.resume:
+        _begin_anew(log)
     loss = DistillLoss(student, build_objective(settings.objective), settings.objective, parts.teacher_head)
     first_step = parts.checkpoint.state.step if parts.checkpoint else 0
     horizon = _horizon(settings, log)
@@ -208,6 +212,7 @@ def _step_metrics(parts: _Parts, student: Student, loss: DistillLoss) -> StepMet
     probe = GradientProbe(
         loss_of,
         student.model.parameters(),
+        objective=settings.objective,
         every_steps=settings.metrics.coherence_every_steps,
         num_rollouts=settings.metrics.coherence_rollouts,
         path=settings.run_dir / PROBE_FILE,
@@ -331,6 +336,13 @@ def _restore(checkpoint: Checkpoint, optimizer: StudentOptimizer, log: RunLog, s
     if changed:
         _log.warning("the run goes on with other settings than it had: %s", ", ".join(changed))
     log.write_event("resume", step=state.step, changed=changed)
+
+
+def _begin_anew(log: RunLog) -> None:
+    """What an attempt that died before its first checkpoint has left must not count as this one's past."""
+    log.drop_after(0)
+    (log.run_dir / PROBE_FILE).unlink(missing_ok=True)
+    log.write_event("resume", step=0, changed=[])
 
 
 def _loop_settings(settings: TrainSettings, num_steps: int) -> LoopSettings:

@@ -36,7 +36,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainerState:
-    """Where a run stands. Example: after 10 steps, `TrainerState(step=10, seed=0, num_prompts=64, config={...})`."""
+    """Where a run stands. Example, after 10 steps: `TrainerState(step=10, seed=0, prompts_digest="9f", config={})`."""
 
     step: int
     """Completed optimizer steps: also the policy version, and the prompt schedule's position."""

@@ -59,9 +59,13 @@ class Horizon:
         metrics = {LENGTH: Mean(total=length, count=1)}
         return metrics if reliability is None else metrics | {RELIABILITY: Mean(total=reliability, count=1)}
 
-    def shorten(self) -> None:
-        """Halves the length at once, also below its start: what an alarm about the back of responses asks for."""
-        self.length = max(1, self.length // 2)
+    def shorten(self, alarmed: Sequence[Mapping[str, Any]]) -> None:
+        """At most half of the shortest length in `alarmed`, the metrics of steps with an alarm about the back.
+
+        It may be below the start. Called after each step, so that it may not grow beyond before the alarms are over.
+        """
+        halves = [max(1, int(record[LENGTH]) // 2) for record in alarmed if LENGTH in record]
+        self.length = min([self.length, *halves])
 
     def _move(self, length: int, reliability: float | None) -> None:
         self.length = next_horizon(length, reliability, self._config, longest=self._longest)

@@ -18,7 +18,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
-from opd.errors import InternalError, NonFiniteError, OpdError
+import torch
+
+from opd.errors import ConfigError, InternalError, NonFiniteError, OpdError
 from opd.types import Ids, Rollout, ScoreReply, Scores, rollout_id
 from services.trainer.batch import ScoredRollout, build_batch, micro_batches
 from services.trainer.diagnostics.means import Mean, joined
@@ -125,7 +127,10 @@ class StepRecord:
 
 
 class TrainingLoop:
-    """The algorithm. `step` is the number of completed steps, and the policy version."""
+    """The algorithm. `step` is the number of completed steps, and the policy version.
+
+    Where an error left it `is_updating`, the weights are of no step.
+    """
 
     def __init__(
         self,
@@ -145,6 +150,7 @@ class TrainingLoop:
     ) -> None:
         """`reward` grades rollouts where the objective learns from outcomes."""
         self.step = first_step
+        self.is_updating = False
         self.counts = Counts()
         self._settings = settings
         self._prompts = prompts
@@ -183,8 +189,12 @@ class TrainingLoop:
             grad_norm = self._clip()
         except OpdError as error:
             raise _at_step(self.step + 1, error) from error
+        except torch.OutOfMemoryError as error:
+            raise _at_step(self.step + 1, _out_of_memory(error)) from error
+        self.is_updating = True
         lr = self._optimizer.step(self.step)
         self.step += 1
+        self.is_updating = False
         if self._horizon is not None:
             losses |= self._horizon.observe(scored)
         clock.lap("optimizer")
@@ -336,6 +346,14 @@ def _raise_first_error(replies: dict[str, Future[ScoreReply]]) -> None:
         if isinstance(error, OpdError):
             raise type(error)(f"rollout {name} was not scored: {error.message}") from error
         raise error
+
+
+def _out_of_memory(error: torch.OutOfMemoryError) -> ConfigError:
+    reason = str(error).strip().splitlines()[0]
+    return ConfigError(
+        f"the device is out of memory ({reason}); lower student.max_micro_batch_tokens or student.row_chunk, or while "
+        "sampling rollout.max_slots, and use --resume"
+    )
 
 
 def _at_step(step: int, error: OpdError) -> OpdError:

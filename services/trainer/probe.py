@@ -1,11 +1,14 @@
 """The gradient probe: the same few rollouts throughout a run, whose gradients are compared every so many steps (6.2).
 
-The probe is taken from the first step that is measured and kept in the run folder, so that a resumed run goes on with
-the same one; its scores are the teacher's of then, the weights those after the step. A step with fewer rollouts than
-`MIN_ROLLOUTS` makes no probe, and the metric is absent; so it is once the device had no memory for it, since no
-diagnosis is worth a run.
+The probe is taken from the first step that has enough for it and kept in the run folder, so that a resumed run goes on
+with the same one, unless its objective is another; its scores are the teacher's of then, the weights those after the
+step.
+Where an advantage is the whole signal, rollouts without one have no gradient and are not taken. A step with fewer
+rollouts than `MIN_ROLLOUTS` makes no probe, and the metric is absent; so it is once a measurement has failed, for want
+of memory or whatever else, since no diagnosis is worth a run.
 """
 
+import hashlib
 import io
 import logging
 from collections import Counter
@@ -21,25 +24,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opd.errors import CheckpointError
+from opd.errors import CheckpointError, OpdError
 from services.trainer.batch import ScoredRollout
 from services.trainer.diagnostics.coherence import gradient_coherence
 from services.trainer.loop import StepRecord
+from services.trainer.objectives.config import ObjectiveConfig
 
 _log = logging.getLogger(__name__)
 PROBE_FILE = "probe.npz"
 MIN_ROLLOUTS = 8
+_OBJECTIVE = "objective"
 RecordT = TypeVar("RecordT")
 
 
 class GradientProbe:
-    """Measures `distill/gradient_coherence`. `loss` is the objective's sum over rollouts, as it enters the step."""
+    """Measures `distill/gradient_coherence`. `loss` is `objective`'s sum over rollouts, as it enters the step."""
 
     def __init__(
         self,
         loss: Callable[[Sequence[ScoredRollout]], Tensor],
         parameters: Iterable[Tensor],
         *,
+        objective: ObjectiveConfig,
         every_steps: int,
         num_rollouts: int,
         path: Path,
@@ -49,38 +55,42 @@ class GradientProbe:
         self._every_steps = every_steps
         self._num_rollouts = num_rollouts
         self._path = path
-        self._probe: list[ScoredRollout] | None = None
+        self._only_outcomes = not objective.uses_teacher
+        self._objective = _digest(objective)
+        self._probe = stored_probe(path, self._objective) if every_steps else None
 
     def measure(self, record: StepRecord) -> dict[str, float]:
-        """The metric where it is due; empty otherwise. `CheckpointError` when the probe's file cannot be used."""
+        """The metric where it is due; empty otherwise."""
         if not self._every_steps:
             return {}
-        is_first = self._probe is None and not self._path.is_file()
-        if not is_first and record.step % self._every_steps:
-            return {}
-        probe = self._rollouts(record)
-        if len(probe) < MIN_ROLLOUTS:
+        if self._probe is not None and record.step % self._every_steps:
             return {}
         try:
-            losses = (lambda item=item: self._loss([item]) for item in probe)
-            coherence = gradient_coherence(losses, self._parameters)
+            return self._measure(self._rollouts(record))
         except torch.OutOfMemoryError:
             _log.warning(
                 "no memory for two more copies of the gradient: distill/gradient_coherence is not measured from here "
                 "on; metrics.coherence_every_steps=0 does not try"
             )
-            self._every_steps = 0
+        except OpdError as error:
+            _log.warning("distill/gradient_coherence is not measured from here on: %s", error.message)
+        self._every_steps = 0
+        return {}
+
+    def _measure(self, probe: Sequence[ScoredRollout]) -> dict[str, float]:
+        if len(probe) < MIN_ROLLOUTS:
             return {}
+        losses = (lambda item=item: self._loss([item]) for item in probe)
+        coherence = gradient_coherence(losses, self._parameters)
         return {} if coherence is None else {"distill/gradient_coherence": coherence}
 
     def _rollouts(self, record: StepRecord) -> list[ScoredRollout]:
-        if self._probe is None and self._path.is_file():
-            self._probe = read_probe(self._path)
         if self._probe is None:
-            chosen = spread(record.scored)[: self._num_rollouts]
+            candidates = [item for item in record.scored if item.advantage or not self._only_outcomes]
+            chosen = spread(candidates)[: self._num_rollouts]
             if len(chosen) < MIN_ROLLOUTS:
                 return chosen
-            write_probe(self._path, chosen)
+            write_probe(self._path, chosen, self._objective)
             self._probe = chosen
         return self._probe
 
@@ -96,12 +106,31 @@ def spread(scored: Sequence[ScoredRollout]) -> list[ScoredRollout]:
     return [scored[index] for index in order]
 
 
-def write_probe(path: Path, probe: Sequence[ScoredRollout]) -> None:
-    """One NumPy archive without any pickle, whole or not there."""
+def stored_probe(path: Path, objective: str) -> list[ScoredRollout] | None:
+    """The probe of an earlier part of the run; None, with a warning, for one that this objective cannot go on with."""
+    if not path.is_file():
+        return None
+    try:
+        taken_for, probe = read_probe(path)
+    except CheckpointError as error:
+        _log.warning("%s", error.message)
+        return None
+    if taken_for != objective:
+        _log.warning("%s: was taken for another objective, so distill/gradient_coherence begins anew", path)
+        return None
+    return probe
+
+
+def _digest(objective: ObjectiveConfig) -> str:
+    return hashlib.sha256(objective.model_dump_json().encode()).hexdigest()
+
+
+def write_probe(path: Path, probe: Sequence[ScoredRollout], objective: str) -> None:
+    """One NumPy archive without any pickle, whole or not there; `objective` is the digest of what it is taken for."""
     arrays = {f"{index}.{name}": value for index, item in enumerate(probe) for name, value in _flattened(item)}
     buffer = io.BytesIO()
-    # Names have a dot, so none is an option of the function's own.
-    np.savez(buffer, **cast(Any, arrays))
+    # Names have a dot or are no option of the function's own.
+    np.savez(buffer, **cast(Any, arrays | {_OBJECTIVE: np.asarray(objective)}))
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_bytes(buffer.getvalue())
@@ -110,16 +139,17 @@ def write_probe(path: Path, probe: Sequence[ScoredRollout]) -> None:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror}); free space there") from error
 
 
-def read_probe(path: Path) -> list[ScoredRollout]:
-    """The way back of `write_probe`."""
+def read_probe(path: Path) -> tuple[str, list[ScoredRollout]]:
+    """The way back of `write_probe`: the objective's digest and the rollouts."""
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
             values = dict(archive)
+        objective = str(values.pop(_OBJECTIVE))
         count = len({name.partition(".")[0] for name in values})
-        return [_rebuilt(ScoredRollout, f"{index}.", values) for index in range(count)]
+        return objective, [_rebuilt(ScoredRollout, f"{index}.", values) for index in range(count)]
     except (OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
         raise CheckpointError(
-            f"{path}: is no probe of this version ({error}); remove it, and the series begins anew"
+            f"{path}: is no probe of this version ({error}), so distill/gradient_coherence begins anew"
         ) from error
 
 

@@ -29,6 +29,15 @@ _METRICS = {
 """Asked for wherever a teacher supplies it, and what the metrics lack where it does not."""
 
 
+MOVED = "+"
+"""Stands in a fingerprint between the teacher's identity and the number of steps by which it has moved as it should."""
+
+
+def fixed_part(fingerprint: str) -> str:
+    """What another teacher would have another one of: all of it, but for the steps that a moving average counts."""
+    return fingerprint.partition(MOVED)[0]
+
+
 class ScoreClient(Protocol):
     """What carries requests: `opd.client.SyncScoreClient`, over the queue or gRPC."""
 
@@ -111,7 +120,8 @@ class TeacherClient:
             _log.warning("teacher info is not to be had (%s), keeping %s", error.message, self.info.fingerprint)
             return self.info.fingerprint
         if current.fingerprint != self.info.fingerprint:
-            _log.warning("teacher changed from %s to %s", self.info.fingerprint, current.fingerprint)
+            if fixed_part(current.fingerprint) != fixed_part(self.info.fingerprint):
+                _log.warning("teacher changed from %s to %s", self.info.fingerprint, current.fingerprint)
             self._accept(current)
         return self.info.fingerprint
 

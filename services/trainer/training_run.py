@@ -1,8 +1,8 @@
 """A run from its first step to its end: what happens after each step, and what is left on disk however it ends.
 
 Order after a step: metrics line, status, other loggers, alarms, checkpoint, evaluation. A run that is stopped, or fails
-for a reason that has nothing to do with its weights, saves the last completed step first, so that `--resume` loses
-nothing but the step under way.
+for whatever reason that has nothing to do with its weights, saves the last completed step first, so that `--resume`
+loses nothing but the step under way.
 """
 
 import logging
@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from opd.errors import CheckpointError, NonFiniteError, OpdError
+from opd.errors import CheckpointError, InternalError, NonFiniteError, OpdError
 from services.trainer.alarms.desk import AlarmDesk, StoppedByAlarm
 from services.trainer.config import TrainSettings
 from services.trainer.console import RunConsole
@@ -23,6 +23,7 @@ from services.trainer.loop import StepRecord, TrainingLoop
 from services.trainer.run_log import RunLog, first_and_last
 from services.trainer.step_metrics import StepMetrics
 from services.trainer.stop import StopRequested, StopSignal
+from services.trainer.teacher_client import fixed_part
 
 _log = logging.getLogger(__name__)
 _CLOSE_S = 10.0
@@ -63,7 +64,7 @@ class TrainingRun:
         self._first_step = loop.step
         self._saved_step = loop.step
         self._begun = time.monotonic()
-        self._fingerprints: dict[str, str] = {}
+        self._teachers: dict[str, str] = {}
         self._evaluations: list[dict[str, float]] = []
 
     def train(self) -> None:
@@ -79,9 +80,8 @@ class TrainingRun:
             self._console.say(f"stopped by alarm {request.alarm.name} after step {self._loop.step}; see alarms.stop")
             self._end("stopped")
             raise
-        except OpdError as error:
-            self._log.write_event("error", code=error.code, message=error.message)
-            self._end("failed", saves=not isinstance(error, NonFiniteError | CheckpointError))
+        except Exception as error:
+            self._fail(error)
             raise
         self._end("finished")
 
@@ -106,8 +106,9 @@ class TrainingRun:
             self._evaluate()
 
     def _after_step(self, record: StepRecord) -> None:
-        if record.fingerprints != self._fingerprints:
-            self._fingerprints = record.fingerprints
+        teachers = {name: fixed_part(fingerprint) for name, fingerprint in record.fingerprints.items()}
+        if teachers != self._teachers:
+            self._teachers = teachers
             self._log.write_event("teachers", step=record.step, fingerprints=record.fingerprints)
         summary = self._metrics.summarize(record)
         written = self._log.write_step(record.step, summary.values, summary.arrays)
@@ -150,6 +151,16 @@ class TrainingRun:
         self._status.enter(state)
         self._log.write_event("end", state=state, step=self._loop.step)
         self._log.write_summary(self.summary(state))
+
+    def _fail(self, error: Exception) -> None:
+        """Ends the run, saved where its weights are sound; what goes wrong here must not hide `error`."""
+        known = error if isinstance(error, OpdError) else InternalError(f"{type(error).__name__}: {error}")
+        is_sound = not self._loop.is_updating and not isinstance(error, NonFiniteError | CheckpointError)
+        try:
+            self._log.write_event("error", code=known.code, message=known.message)
+            self._end("failed", saves=is_sound)
+        except Exception as another:
+            _log.error("the failed run could not be put in order: %s", another)
 
     def summary(self, state: str) -> dict[str, Any]:
         """The run in one object; counts and metrics cover the steps before a resume too, seconds this process alone."""

@@ -124,7 +124,7 @@ class AlarmSettings(Settings):
     stop: tuple[AlarmName, ...] = ()
     """Alarms that end the run, after its last step is saved."""
     shorten: tuple[AlarmName, ...] = ()
-    """Alarms that shorten the supervised horizon, where the run has one."""
+    """Alarms that halve the supervised horizon, where the run has one; it stays below until they are over."""
     rearm_steps: Annotated[int, Field(ge=1)] = 10
     """An alarm is over, and may be raised again, when its rule has been silent for this many steps."""
     overlap_stagnating: StagnationSettings = Field(default_factory=StagnationSettings)

@@ -1,6 +1,6 @@
 """Tells an alarm to everybody who should know, and does what the settings say should be done about it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from opd.errors import ConfigError
@@ -38,7 +38,8 @@ class Status(Protocol):
 class AlarmDesk:
     """Raised alarms go to events.jsonl, the terminal, the status server and, through `note`, the other loggers.
 
-    `shorten` makes the supervised part of responses shorter from the next step on; those of `alarms.shorten` call it.
+    `shorten` keeps the supervised part of responses short from the next step on: after each step it is given the
+    records of the steps at which those of `alarms.shorten` were raised that are not over. A resumed run has them too.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class AlarmDesk:
         say: Callable[[str], None],
         note: Callable[[int, str, str], None],
         status: Status,
-        shorten: Callable[[], None] | None = None,
+        shorten: Callable[[Sequence[Record]], None] | None = None,
     ) -> None:
         self._settings = settings
         self._watch = watch
@@ -59,6 +60,7 @@ class AlarmDesk:
         self._note = note
         self._status = status
         self._shorten = shorten
+        self._keep_short()
         self._show()
 
     def judge(self, record: Record) -> None:
@@ -71,13 +73,16 @@ class AlarmDesk:
             self._log.write_event("alarm", **alarm.as_json())
             self._say(alarm.line)
             self._note(alarm.step, f"alarm/{alarm.name}", alarm.line)
-            if self._shorten is not None and alarm.name in self._settings.shorten:
-                self._shorten()
+        self._keep_short()
         if change.raised or change.cleared:
             self._show()
         for alarm in change.raised:
             if alarm.name in self._settings.stop:
                 raise StoppedByAlarm(alarm)
+
+    def _keep_short(self) -> None:
+        if self._shorten is not None:
+            self._shorten(self._watch.began(self._settings.shorten))
 
     def _show(self) -> None:
         self._status.show_alarms(tuple(alarm.as_json() for alarm in self._watch.active))

@@ -48,7 +48,8 @@ def spike(history: History, settings: SpikeSettings) -> Finding | None:
     if window is None:
         return None
     usual, last = window.part(None, -1), window.part(-1, None)
-    if last.mean < settings.factor * usual.median:
+    # Where no group has learned anything, as GRPO's may, the usual gradient is 0 and every other many times that.
+    if not usual.median or last.mean < settings.factor * usual.median:
         return None
     return Finding(
         evidence=f"gradient norm {last.mean:.4g} at {last.span}, median {usual.median:.4g} over {usual.span}",

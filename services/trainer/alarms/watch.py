@@ -1,6 +1,6 @@
 """Which alarms begin and end at a step: raised once, an alarm stays until its rule has been silent for a while."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from services.trainer.alarms.config import AlarmSettings
@@ -32,6 +32,10 @@ class AlarmWatch:
     def active(self) -> tuple[Alarm, ...]:
         """Alarms that were raised and are not over, in the order they were raised."""
         return tuple(self._active.values())
+
+    def began(self, names: Container[AlarmName]) -> list[Record]:
+        """The records of the steps at which those of `names` were raised that are not over."""
+        return self._history.at([alarm.step for alarm in self.active if alarm.name in names])
 
     def observe(self, record: Record) -> Change:
         """Adds a step and judges the run again."""

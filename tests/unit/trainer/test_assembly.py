@@ -15,7 +15,8 @@ from opd.settings import load_settings
 from services.trainer.assembly import assemble
 from services.trainer.checkpoint import CheckpointStore, TrainerState
 from services.trainer.config import TrainSettings
-from services.trainer.run_log import RunLog, read_steps
+from services.trainer.probe import PROBE_FILE
+from services.trainer.run_log import EVENTS_FILE, RunLog, read_steps
 from services.trainer.stop import StopSignal
 from services.trainer.student import StudentOptimizer
 from tests.unit.trainer.tiny_training import tiny_model, tiny_tokenizer
@@ -179,3 +180,31 @@ def test_grpo_runs_from_end_to_end_without_a_teacher_or_a_queue(
     assert all(step["outcome/reward"] == 0 and step["outcome/zero_variance_fraction"] == 1 for step in steps)
     assert all(step["optim/grad_norm"] > 0 and step["loss/outcome"] == 0 for step in steps)
     assert (tmp_path / "run/checkpoints/step-000002/model.safetensors").is_file()
+
+
+def test_resuming_without_a_checkpoint_forgets_what_the_dead_attempt_left(
+    world: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder, run_dir = world[0], tmp_path / "run"
+    overrides = [
+        f"student.model={folder / 'student'}", f'data.files=["{folder / "prompts.jsonl"}"]', f"run_dir={run_dir}",
+        "rollout.prompts_per_step=2", "rollout.rollouts_per_prompt=2", "rollout.max_prompt_tokens=20",
+        "rollout.max_response_tokens=16", "objective.score_top_k=6", "objective.horizon.start=4", "teacher.kind=self",
+        "student.device=cpu", "http.enabled=false", "steps=2",
+    ]  # fmt: skip
+    log = RunLog(run_dir)
+    log.create({})
+    for step in (1, 2, 3):
+        log.write_step(step, {"queue/rollouts_sent": 4.0, "horizon/length": 15.0}, {})
+    (run_dir / PROBE_FILE).write_bytes(b"of the dead attempt")
+    run = assemble(load_settings(TrainSettings, None, overrides), StopSignal(), resume=True)
+    try:
+        run.train()
+        summary = run.summary("finished")
+    finally:
+        run.close()
+    assert [(step["step"], step["horizon/length"]) for step in read_steps(run_dir)] == [(1, 4), (2, 4)]
+    assert summary["rollouts_sent"] == 8
+    assert not (run_dir / PROBE_FILE).exists(), "four rollouts a step make no probe"
+    events = [json.loads(line) for line in (run_dir / EVENTS_FILE).read_text(encoding="utf-8").splitlines()]
+    assert (events[0]["event"], events[0]["step"]) == ("resume", 0)

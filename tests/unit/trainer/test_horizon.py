@@ -80,12 +80,12 @@ def test_it_starts_no_longer_than_responses_can_be_and_old_records_count_for_not
     assert np.isclose(Horizon(CONFIG, longest=100, records=[{LENGTH: 24.0}]).length, 24)
 
 
-def test_an_alarm_halves_it_and_it_may_grow_again() -> None:
-    horizon = Horizon(CONFIG, longest=100)
+def test_an_alarm_halves_what_it_was_raised_at_and_the_shortest_of_several_counts() -> None:
     lengths = []
-    for _ in range(6):
-        horizon.shorten()
+    for alarmed in ([], [24.0], [12.0, 24.0], [8.0, 8.0], [1.0]):
+        horizon = Horizon(CONFIG, longest=100)
+        horizon.shorten([{LENGTH: length} for length in alarmed])
         lengths.append(horizon.length)
-    assert lengths == [8, 4, 2, 1, 1, 1]
+    assert lengths == [16, 12, 6, 4, 1]
     horizon.observe([agreeing(name, 20, [4] * 20) for name in ("a", "b", "c", "d")])
     assert horizon.length == 2

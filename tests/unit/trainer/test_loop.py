@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from opd.errors import DeadLetterError, InternalError, NonFiniteError, QueueUnavailableError
+from opd.errors import ConfigError, DeadLetterError, InternalError, NonFiniteError, QueueUnavailableError
 from opd.types import ScoreReply, ScoreRequest
 from services.trainer.batch import ScoredRollout, build_batch
 from services.trainer.config import OptimSettings
@@ -231,6 +231,27 @@ def test_a_non_finite_gradient_stops_the_step_before_the_optimizer() -> None:
         loop.run_step()
     assert torch.equal(setup.parameters(), before)
     assert loop.step == 0
+
+
+def test_a_device_without_room_leaves_the_weights_and_names_the_settings() -> None:
+    setup = Setup(num_steps=2)
+    loop, calls, loss = setup.loop(), [], setup.loss
+
+    def crowded(batch: Any) -> Any:
+        calls.append(batch)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+        return loss(batch)
+
+    loop._loss = crowded
+    before = setup.parameters()
+    named = (
+        r"^step 1: the device is out of memory \(CUDA .* 2\.00 GiB\.\); lower .*max_micro_batch_tokens or .*row_chunk"
+    )
+    with pytest.raises(ConfigError, match=named):
+        loop.run_step()
+    assert torch.equal(setup.parameters(), before)
+    assert (loop.step, loop.is_updating) == (0, False)
 
 
 def refuse_two(request: ScoreRequest, reply: ScoreReply) -> ScoreReply:

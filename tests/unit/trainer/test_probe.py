@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from opd.errors import CheckpointError
+from opd.errors import CheckpointError, InternalError
 from services.trainer.batch import ScoredRollout, build_batch
 from services.trainer.loop import StepRecord
+from services.trainer.objectives.config import ObjectiveConfig
 from services.trainer.probe import PROBE_FILE, GradientProbe, read_probe, spread, write_probe
 from tests.unit.trainer.test_batch import scored
 from tests.unit.trainer.tiny_training import Setup
@@ -27,7 +28,12 @@ def trained() -> tuple[Setup, list[StepRecord]]:
 
 
 def make_probe(setup: Setup, folder: Path, **changes: Any) -> GradientProbe:
-    settings = {"every_steps": 2, "num_rollouts": 8, "path": folder / PROBE_FILE} | changes
+    settings = {
+        "objective": setup.objective,
+        "every_steps": 2,
+        "num_rollouts": 8,
+        "path": folder / PROBE_FILE,
+    } | changes
     return GradientProbe(
         lambda items: setup.loss(build_batch(items)).loss_sum, setup.student_model.parameters(), **settings
     )
@@ -92,7 +98,8 @@ def test_a_device_without_room_goes_on_without_the_metric(
         return trained[0].loss(build_batch(items)).loss_sum
 
     parameters = trained[0].student_model.parameters()
-    probe = GradientProbe(loss, parameters, every_steps=1, num_rollouts=8, path=tmp_path / PROBE_FILE)
+    settings = {"every_steps": 1, "num_rollouts": 8, "path": tmp_path / PROBE_FILE}
+    probe = GradientProbe(loss, parameters, objective=trained[0].objective, **settings)
     assert [probe.measure(record) for record in trained[1]] == [{}] * 4
     assert len(calls) == 3 and len(caplog.records) == 1
     assert "no memory for two more copies of the gradient" in caplog.text
@@ -111,8 +118,10 @@ def test_every_prompt_has_one_rollout_before_any_has_two() -> None:
 
 def test_a_probe_comes_back_from_disk_as_it_was(trained: tuple[Setup, list[StepRecord]], tmp_path: Path) -> None:
     items = [*trained[1][0].scored, in_group("none", 3)]
-    write_probe(tmp_path / PROBE_FILE, items)
-    for item, again in zip(items, read_probe(tmp_path / PROBE_FILE), strict=True):
+    write_probe(tmp_path / PROBE_FILE, items, "ab12")
+    objective, probe = read_probe(tmp_path / PROBE_FILE)
+    assert objective == "ab12"
+    for item, again in zip(items, probe, strict=True):
         for part in ("rollout", "scores"):
             for field in dataclasses.fields(getattr(item, part)):
                 value, found = (getattr(getattr(x, part), field.name) for x in (item, again))
@@ -122,5 +131,71 @@ def test_a_probe_comes_back_from_disk_as_it_was(trained: tuple[Setup, list[StepR
 
 def test_a_broken_probe_is_one_line(tmp_path: Path) -> None:
     (tmp_path / PROBE_FILE).write_bytes(b"PK\x03\x04 and nothing more")
-    with pytest.raises(CheckpointError, match=r"probe\.npz: is no probe of this version .*; remove it"):
+    with pytest.raises(CheckpointError, match=r"probe\.npz: is no probe of this version .* begins anew$"):
         read_probe(tmp_path / PROBE_FILE)
+
+
+def test_a_probe_that_cannot_be_used_is_replaced_with_a_warning(
+    trained: tuple[Setup, list[StepRecord]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    setup, records = trained
+    expected = make_probe(setup, tmp_path).measure(records[0])
+    (tmp_path / PROBE_FILE).write_bytes(b"broken")
+    # Step 1 is no multiple of two: a new probe is measured at once.
+    assert make_probe(setup, tmp_path).measure(records[0]) == expected
+    assert len(caplog.records) == 1 and "is no probe of this version" in caplog.text
+    assert make_probe(setup, tmp_path).measure(records[0]) == {}, "the new one is read again"
+
+
+def test_another_objective_takes_a_probe_of_its_own(
+    trained: tuple[Setup, list[StepRecord]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The stored rollouts have no advantages, without which this objective has no loss."""
+    make_probe(trained[0], tmp_path).measure(trained[1][0])
+    graded = Setup(
+        objective=ObjectiveConfig(score_top_k=6, outcome={"weight": 1.0}),
+        prompts_per_step=4,
+        reward=lambda rollout, prompt: float(rollout.response_token_ids[-1]),
+    )
+    record = graded.loop().run_step()
+    assert KEY in make_probe(graded, tmp_path).measure(record)
+    assert "was taken for another objective" in caplog.text
+    caplog.clear()
+    assert make_probe(graded, tmp_path).measure(record) == {} and not caplog.records
+
+
+def test_where_only_outcomes_teach_the_probe_is_of_rollouts_that_have_one(tmp_path: Path) -> None:
+    grpo = Setup(
+        objective=ObjectiveConfig(kind="grpo", score_top_k=6),
+        prompts_per_step=5,
+        rollouts_per_prompt=4,
+        reward=lambda rollout, prompt: float(rollout.response_token_ids[-1]),
+    )
+    record = grpo.loop().run_step()
+
+    def with_a_signal(groups: set[int]) -> StepRecord:
+        items = [
+            item if item.rollout.group in groups else dataclasses.replace(item, advantage=0.0) for item in record.scored
+        ]
+        return dataclasses.replace(record, scored=items)
+
+    probe = make_probe(grpo, tmp_path)
+    assert probe.measure(with_a_signal({1})) == {} and not (tmp_path / PROBE_FILE).exists()
+    assert probe.measure(with_a_signal(set(range(1, 5))))[KEY] > 0
+    _, chosen = read_probe(tmp_path / PROBE_FILE)
+    assert len(chosen) == 8 and all(item.advantage for item in chosen)
+
+
+def test_a_measurement_that_fails_does_not_end_the_run(
+    trained: tuple[Setup, list[StepRecord]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def loss(items: Any) -> torch.Tensor:
+        raise InternalError("no advantages")
+
+    settings = {"every_steps": 1, "num_rollouts": 8, "path": tmp_path / PROBE_FILE}
+    parameters = trained[0].student_model.parameters()
+    probe = GradientProbe(loss, parameters, objective=trained[0].objective, **settings)
+    assert [probe.measure(record) for record in trained[1]] == [{}] * 4
+    assert [record.getMessage() for record in caplog.records] == [
+        "distill/gradient_coherence is not measured from here on: no advantages"
+    ]

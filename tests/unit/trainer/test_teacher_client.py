@@ -255,3 +255,14 @@ def test_a_step_begins_while_nobody_serves() -> None:
 def test_asking_before_the_handshake_is_our_own_fault() -> None:
     with pytest.raises(InternalError, match="before the handshake"):
         teacher_client(ExactClient(model=None)).pin()
+
+
+def test_only_another_teacher_is_worth_a_warning_and_one_that_moves_is_pinned_anew(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    given = [info(fingerprint=name) for name in ("ab+0", "ab+1", "ab+2", "cd+2")]
+    client = teacher_client(InfoClient(*given))
+    client.shake_hands(wait_s=0)
+    assert [client.pin(), client.pin()] == ["ab+1", "ab+2"] and not caplog.records
+    assert client.pin() == "cd+2"
+    assert caplog.messages == ["teacher changed from ab+2 to cd+2"]

@@ -13,6 +13,7 @@ from opd.errors import CheckpointError
 from opd.types import TeacherInfo
 from services.trainer.models import LoadedModel
 from services.trainer.recipes.self_distillation.teacher import LocalTeacher
+from services.trainer.teacher_client import MOVED
 from services.trainer.weights import WeightPublisher
 
 
@@ -29,7 +30,7 @@ class MovingAverageTeacher(LocalTeacher):
     def info(self) -> TeacherInfo:
         # Other weights are another teacher, so that every score says which average it is of.
         info = super().info()
-        return replace(info, fingerprint=f"{info.fingerprint}+{self._step}")
+        return replace(info, fingerprint=f"{info.fingerprint}{MOVED}{self._step}")
 
     def follow(self, step: int) -> None:
         """Moves towards the student as it is after `step` completed steps; a step seen before changes nothing."""

@@ -112,6 +112,11 @@ SILENT: dict[str, tuple[AlarmName, History]] = {
         history(40, **{ADVANTAGE: ramp(-0.04, -0.22, 5, 30), NORM: ramp(0.9, 1.5, 5, 30)}),
     ),
     "a spike that is over": (AlarmName.GRADIENT_SPIKE, history(20, **{NORM: lambda step: 3.0 if step == 19 else 0.3})),
+    "gradients of exactly 0": (AlarmName.GRADIENT_SPIKE, history(20, **{NORM: 0.0})),
+    "the first gradient that is not 0": (
+        AlarmName.GRADIENT_SPIKE,
+        history(20, **{NORM: lambda step: 0.1 if step == 20 else 0.0}),
+    ),
     "nothing usual yet": (AlarmName.GRADIENT_SPIKE, history(8, **{NORM: lambda step: 3.0 if step == 8 else 0.3})),
     "a limit that cut most off from the start": (AlarmName.LENGTH_EXPLOSION, lengths(300.0, 0.8)),
 }

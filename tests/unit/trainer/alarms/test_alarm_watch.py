@@ -1,6 +1,7 @@
 """When an alarm begins and ends, what a resumed run knows of it, and who is told."""
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ from opd.settings import load_settings
 from services.trainer.alarms.config import AlarmSettings
 from services.trainer.alarms.contract import Alarm, AlarmName
 from services.trainer.alarms.desk import AlarmDesk, StoppedByAlarm, require_horizon
+from services.trainer.alarms.history import Record
 from services.trainer.alarms.watch import AlarmWatch, Change
+from services.trainer.horizon import LENGTH, Horizon
 from services.trainer.http_api import RunStatus
+from services.trainer.objectives.config import HorizonConfig
 from services.trainer.run_log import EVENTS_FILE, RunLog
+from tests.unit.trainer.test_horizon import agreeing
 
 UNIFORM = "distill/uniform_teacher_fraction"
 
@@ -77,14 +82,14 @@ def test_settings_that_cannot_be_meant_are_refused(overrides: list[str], message
 class Room:
     """A desk with a real log and a real status, and what was said in it."""
 
-    def __init__(self, folder: Path, chosen: AlarmSettings, **changes: Any) -> None:
+    def __init__(self, folder: Path, chosen: AlarmSettings, earlier: Iterable[Record] = (), **changes: Any) -> None:
         self.said: list[str] = []
         self.noted: list[tuple[int, str, str]] = []
         self.status, self.log = RunStatus(), RunLog(folder)
         self.log.create({})
         self.desk = AlarmDesk(
             chosen,
-            AlarmWatch(chosen),
+            AlarmWatch(chosen, earlier),
             log=self.log,
             say=self.said.append,
             note=lambda *line: self.noted.append(line),
@@ -124,12 +129,37 @@ def test_an_alarm_may_end_the_run_after_everybody_was_told(tmp_path: Path) -> No
 
 
 def test_only_chosen_alarms_shorten_the_horizon(tmp_path: Path) -> None:
-    asked: list[str] = []
-    room = Room(tmp_path / "a", settings('shorten=["uniform_teacher"]'), shorten=lambda: asked.append("a"))
-    room.desk.judge(record(1, 0.5) | {"loss/small_support_fraction": 0.5})
-    assert asked == ["a"], "two alarms, one of which was chosen"
-    Room(tmp_path / "b", settings(), shorten=lambda: asked.append("b")).desk.judge(record(1, 0.5))
-    assert asked == ["a"]
+    asked: list[list[int]] = []
+
+    def shorten(alarmed: Sequence[Record]) -> None:
+        asked.append([int(of["step"]) for of in alarmed])
+
+    room = Room(tmp_path / "a", settings('shorten=["uniform_teacher"]'), shorten=shorten)
+    for step, fraction in enumerate([0.0, 0.5, 0.0, 0.0, 0.0], start=1):
+        room.desk.judge(record(step, fraction) | {"loss/small_support_fraction": 0.5})
+    assert asked == [[], [], [2], [2], [2], []], "once before the first step, and after each; over at the last"
+    asked.clear()
+    Room(tmp_path / "b", settings(), shorten=shorten).desk.judge(record(1, 0.5))
+    assert asked == [[], []]
+
+
+def test_a_horizon_stays_short_until_the_alarm_is_over_also_in_a_resumed_run(tmp_path: Path) -> None:
+    chosen = settings('shorten=["uniform_teacher", "small_supports"]')
+    config = HorizonConfig(start=16, growth=2.0, min_positions=1)
+    horizon = Horizon(config, longest=64)
+    room = Room(tmp_path / "run", chosen, shorten=horizon.shorten)
+    records: list[Record] = []
+    for step in range(1, 10):
+        metrics = {name: mean.value for name, mean in horizon.observe([agreeing("a", 64, [4] * 64)]).items()}
+        # Two alarms in one step halve once; the second, a mean over three steps, is the later one to be over.
+        fraction = float(step == 3)
+        records.append(record(step, fraction) | metrics | {"loss/small_support_fraction": fraction})
+        room.desk.judge(records[-1])
+        resumed = Horizon(config, longest=64, records=records)
+        Room(tmp_path / str(step), chosen, earlier=records, shorten=resumed.shorten)
+        assert resumed.length == horizon.length
+    assert [event["name"] for event in room.events() if event["step"] == 3] == ["small_supports", "uniform_teacher"]
+    assert [of[LENGTH] for of in records] == [16, 32, 64, 32, 32, 32, 32, 32, 64]
 
 
 def test_a_run_without_a_horizon_cannot_be_told_to_shorten_it() -> None:
