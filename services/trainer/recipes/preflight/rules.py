@@ -82,19 +82,22 @@ class Ranked:
     reason: str
 
 
-def above(name: str, estimate: Estimate, threshold: float, section: str) -> Evidence:
-    """`yes` where the interval lies at or above the threshold, `no` where it lies below."""
+def above(name: str, estimate: Estimate, threshold: float, section: str, *, is_change: bool = False) -> Evidence:
+    """`yes` where the interval lies at or above the threshold, `no` where it lies below.
+
+    A change has to lie beyond its threshold: where nothing has moved the interval is 0 to 0, and that is no gain.
+    """
     verdict = Verdict.UNCLEAR
-    if estimate.low >= threshold:
+    if estimate.low > threshold or (estimate.low == threshold and not is_change):
         verdict = Verdict.YES
     elif estimate.high < threshold:
         verdict = Verdict.NO
     return Evidence(name=name, estimate=estimate, threshold=threshold, verdict=verdict, section=section)
 
 
-def below(name: str, estimate: Estimate, threshold: float, section: str) -> Evidence:
-    """`yes` where the interval lies at or below the threshold, `no` where it lies above."""
-    mirrored = above(name, _negated(estimate), -threshold, section)
+def below(name: str, estimate: Estimate, threshold: float, section: str, *, is_change: bool = False) -> Evidence:
+    """`yes` where the interval lies at or below the threshold, `no` where it lies above; changes as in `above`."""
+    mirrored = above(name, _negated(estimate), -threshold, section, is_change=is_change)
     return Evidence(name=name, estimate=estimate, threshold=threshold, verdict=mirrored.verdict, section=section)
 
 
@@ -147,12 +150,12 @@ def judge_new_knowledge(pilot: PilotSlopes | None, limits: Thresholds) -> Judgem
         return _untold("no answer is known, so the pilot shows no accuracy")
     if pilot.reverse_kl is None:
         return _untold(f"{pilot.num_steps} steps are too few for a slope; give --pilot-steps 4 or more")
-    rises = above("accuracy gained by the pilot", pilot.gain, limits.pilot_gain, "3.2")
-    falls = below("reverse KL per step", pilot.reverse_kl, 0.0, "4.1, B.2")
+    rises = above("accuracy gained by the pilot", pilot.gain, limits.pilot_gain, "3.2", is_change=True)
+    falls = below("reverse KL per step", pilot.reverse_kl, 0.0, "4.1, B.2", is_change=True)
     evidence = [rises, falls]
     for name, estimate in (("overlap ratio per step", pilot.overlap_ratio), ("accuracy per step", pilot.accuracy)):
         if estimate is not None:
-            evidence.append(above(name, estimate, 0.0, "4.1"))
+            evidence.append(above(name, estimate, 0.0, "4.1", is_change=True))
     verdict, reason = _by_pilot(rises.verdict, falls.verdict)
     return Judgement(verdict=verdict, evidence=tuple(evidence), reason=reason)
 

@@ -108,6 +108,9 @@ def test_thresholds_are_settings() -> None:
         (pilot(around(0.02), around(-0.01)), Verdict.YES, "accuracy rose while the student came closer"),
         (pilot(around(0.02), around(0.01)), Verdict.UNCLEAR, "came no closer"),
         (pilot(around(0.0), around(-0.01)), Verdict.UNCLEAR, "within the noise"),
+        # Nothing at all has moved.
+        (pilot(around(0.0, 0.0), around(-0.01)), Verdict.UNCLEAR, "within the noise"),
+        (pilot(around(0.02), around(0.0, 0.0)), Verdict.UNCLEAR, "came no closer"),
         (pilot(around(-0.02), around(-0.01)), Verdict.NO, "lost accuracy"),
         (pilot(around(-0.02), around(0.01)), Verdict.NO, "lost accuracy"),
     ],
