@@ -143,6 +143,9 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
     log.create(config)
     if parts.checkpoint is not None:
         _restore(parts.checkpoint, optimizer, log, settings)
+    elif log.has_run():
+        # It died before its first checkpoint and takes all of its steps again.
+        log.drop_after(0)
     loss = DistillLoss(student, build_objective(settings.objective), settings.objective, parts.teacher_head)
     first_step = parts.checkpoint.state.step if parts.checkpoint else 0
     horizon = _horizon(settings, log)

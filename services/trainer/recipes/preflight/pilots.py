@@ -24,10 +24,11 @@ from services.trainer.stop import StopSignal
 def run_pilot(settings: PreflightSettings, teacher: MetTeacher, stop: StopSignal, say: Callable[[str], None]) -> Path:
     """Takes the steps that are missing; the run's folder. Raises what a training run raises."""
     training = pilot_settings(settings, teacher)
-    num_done = len(read_steps(training.run_dir)) if training.run_dir.exists() else 0
-    if num_done < settings.pilot.steps:
+    # The student that is to be measured, and not the last metrics, which are written before it.
+    latest = CheckpointStore(training.run_dir / CHECKPOINTS, keep_last=1).latest()
+    if latest is None or latest.state.step < settings.pilot.steps:
         say(f"pilot of {settings.pilot.steps} steps with {teacher.name}")
-        run = assemble(training, stop, resume=num_done > 0)
+        run = assemble(training, stop, resume=training.run_dir.exists())
         try:
             run.train()
         finally:
@@ -36,7 +37,7 @@ def run_pilot(settings: PreflightSettings, teacher: MetTeacher, stop: StopSignal
 
 
 def trained_student(run_dir: Path) -> Path:
-    """The model folder that the pilot left."""
+    """The model folder that a finished pilot left."""
     return CheckpointStore(run_dir / CHECKPOINTS, keep_last=1).folders()[-1]
 
 

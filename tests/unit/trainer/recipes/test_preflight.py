@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
@@ -187,6 +188,19 @@ def test_a_pilot_is_a_training_run_that_goes_on_and_is_not_repeated(world: Path,
     before = (folder / "metrics.jsonl").stat().st_mtime_ns
     assert run(settings).teachers[0].pilot == first.pilot
     assert (folder / "metrics.jsonl").stat().st_mtime_ns == before
+    # Killed between the last line of metrics and the checkpoint: the steps are taken again, once.
+    shutil.rmtree(folder / "checkpoints")
+    again = run(settings).teachers[0].pilot
+    assert again is not None and again.num_steps == 5
+    assert [record["step"] for record in read_steps(folder)] == [1, 2, 3, 4, 5]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000005"]
+    # Killed likewise, with an older checkpoint there.
+    state = folder / "checkpoints" / "step-000005"
+    state = state.rename(state.with_name("step-000003")) / "trainer" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"step": 3}), encoding="utf-8")
+    run(settings)
+    assert (folder / "checkpoints" / "step-000005").is_dir()
+    assert [record["step"] for record in read_steps(folder)] == [1, 2, 3, 4, 5]
 
 
 def test_teachers_are_folders_pools_and_urls(world: Path) -> None:
