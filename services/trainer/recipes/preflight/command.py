@@ -1,6 +1,6 @@
 """What `opd preflight` does, from its settings to its report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,7 +18,7 @@ from services.trainer.recipes.preflight.gradient import BatchGradient, batch_gra
 from services.trainer.recipes.preflight.measuring import Measuring, Progress, engine_of
 from services.trainer.recipes.preflight.page import print_findings, write_report
 from services.trainer.recipes.preflight.pilots import pilot_slopes, run_pilot, trained_student
-from services.trainer.recipes.preflight.prompt_sets import PromptSets, draw_prompts
+from services.trainer.recipes.preflight.prompt_sets import PromptSets, draw_prompts, told_of
 from services.trainer.recipes.preflight.records import RecordFile
 from services.trainer.recipes.preflight.rules import PilotSlopes
 from services.trainer.recipes.preflight.settings import AS_IS, PreflightSettings
@@ -55,7 +55,8 @@ def preflight(settings: PreflightSettings, console: Console, stop: StopSignal) -
             measuring = Measuring(fitted, student, teachers, sets, records, say)
             measuring.measure()
             gradients = _gradients(fitted, student, sets, measuring)
-        pilots = _pilots(fitted, teachers, measuring, records, stop, console)
+            starts_from = {"student": _identity_of(student), "prompts": sets.digest}
+        pilots = _pilots(fitted, teachers, starts_from, measuring, records, stop, console)
     found = find_out(fitted, student.name, teachers, records, gradients, pilots, sets.same_as_is)
     written = write_report(found, settings.output_dir, fitted.model_dump(mode="json"))
     console.print("wrote " + ", ".join(str(path) for path in written), markup=False, soft_wrap=True)
@@ -95,16 +96,18 @@ def _identity(
     """Everything that decides what is measured of a prompt."""
     fields = ("rollouts_per_prompt", "temperature", "max_response_tokens", "seed")
     return {
-        "student": student.fingerprint,
+        "student": _identity_of(student),
         "teachers": {teacher.name: teacher.info.fingerprint if teacher.info else "" for teacher in teachers},
-        "prompts": {
-            name: [[prompt.prompt_token_ids.tolist(), prompt.template, prompt.answer] for prompt in prompts]
-            for name, prompts in sets.by_template.items()
-        },
+        "prompts": {name: [told_of(prompt) for prompt in prompts] for name, prompts in sets.by_template.items()},
         "k": settings.objective.score_top_k,
         "teacher_temperature": settings.objective.teacher_temperature,
         **{name: getattr(settings, name) for name in fields},
     }
+
+
+def _identity_of(model: LoadedModel) -> list[Any]:
+    """What a model answers is decided by its weights, by its tokens, and by those that end a response."""
+    return [model.fingerprint, model.vocabulary.id_map_hash, sorted(model.eos_token_ids)]
 
 
 def _gradients(
@@ -138,6 +141,7 @@ def _gradients(
 def _pilots(
     settings: PreflightSettings,
     teachers: Sequence[MetTeacher],
+    starts_from: Mapping[str, Any],
     measuring: Measuring,
     records: RecordFile,
     stop: StopSignal,
@@ -149,7 +153,7 @@ def _pilots(
         if teacher.router is None:
             continue
         # Not interruptible as a whole: the run itself says where it can be stopped without being torn.
-        run_dir = run_pilot(settings, teacher, stop, lambda line: console.print(line, markup=False))
+        run_dir = run_pilot(settings, teacher, starts_from, stop, lambda line: console.print(line, markup=False))
         with stop.interruptible():
             measuring.answer(run_dir.name, load_model(str(trained_student(run_dir)), device=settings.device))
         gain = accuracy_difference(records.answers_of(run_dir.name), records.prompts_in(AS_IS), settings.seed)

@@ -1,5 +1,7 @@
 """The prompts of a preflight: drawn once by the seed, and asked in several templates."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,8 @@ class PromptSets:
     """`as-is` first."""
     same_as_is: tuple[str, ...]
     """Templates left out because the prompts are in them already."""
+    digest: str
+    """Hash over all prompts below the limit, from which a pilot draws, with their answers."""
 
 
 def draw_prompts(settings: PreflightSettings, tokenizer: Any) -> PromptSets:
@@ -42,7 +46,20 @@ def draw_prompts(settings: PreflightSettings, tokenizer: Any) -> PromptSets:
             same.append(name)
         else:
             by_template[name] = _in_template(chosen, name, tokenizer)
-    return PromptSets(by_template=by_template, same_as_is=tuple(same))
+    return PromptSets(by_template=by_template, same_as_is=tuple(same), digest=_digest(fitting))
+
+
+def told_of(prompt: TokenizedPrompt) -> list[Any]:
+    """Everything of a prompt that decides what is sampled, scored and graded."""
+    asked = (prompt.prompt_token_ids.tolist(), prompt.teacher_prompt_token_ids.tolist())
+    return [*asked, prompt.template, prompt.answer]
+
+
+def _digest(prompts: Sequence[TokenizedPrompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps(told_of(prompt)).encode())
+    return digest.hexdigest()[:32]
 
 
 def _in_template(problems: Sequence[PromptProblem], name: str, tokenizer: Any) -> list[TokenizedPrompt]:

@@ -203,6 +203,31 @@ def test_a_pilot_is_a_training_run_that_goes_on_and_is_not_repeated(world: Path,
     assert [record["step"] for record in read_steps(folder)] == [1, 2, 3, 4, 5]
 
 
+def test_another_student_or_other_prompts_under_the_same_paths_begin_another_pilot(world: Path, tmp_path: Path) -> None:
+    for name in ("student", "other"):
+        shutil.copytree(world / name, tmp_path / name)
+    prompts = (world / "prompts.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "prompts.jsonl").write_text(prompts, encoding="utf-8")
+    pilot = {"steps": 1, "prompts_per_step": 1, "rollouts_per_prompt": 1}
+    settings = settings_of(
+        tmp_path, tmp_path / "output", "other", templates=(), num_prompts=1, pilot=pilot, max_prompt_tokens=40
+    )
+    small = settings.model_copy(update={"batch_rollouts": 2, "probe_rollouts": 2})
+
+    def num_pilots() -> int:
+        run(small)
+        return len(list((tmp_path / "output").glob("pilot-other-*")))
+
+    assert num_pilots() == num_pilots() == 1
+    # Another answer to the same question changes what the pilot's accuracy means.
+    (tmp_path / "prompts.jsonl").write_text(prompts.replace('"w7"', '"w8"'), encoding="utf-8")
+    assert num_pilots() == 2
+    tiny_model(4).save_pretrained(tmp_path / "student")
+    assert num_pilots() == 3
+    tiny_model(5).save_pretrained(tmp_path / "other")
+    assert num_pilots() == 4
+
+
 def test_teachers_are_folders_pools_and_urls(world: Path) -> None:
     given = (str(world / "other"), "math", "grpc://127.0.0.1:1#math", "redis://127.0.0.1:1", "org/model")
     settings = PreflightSettings(student="s", teachers=given, prompts=("p",), tenant="lab")
