@@ -64,9 +64,14 @@ def preflight(settings: PreflightSettings, console: Console, stop: StopSignal) -
 
 
 def _check(settings: PreflightSettings) -> None:
-    if settings.objective.kind is ObjectiveKind.FULL_VOCABULARY:
+    objective = settings.objective
+    if objective.kind not in (ObjectiveKind.TOP_K, ObjectiveKind.SAMPLED_TOKEN):
+        lacks = "has no teacher to judge" if not objective.uses_teacher else "needs more than the scores asked for here"
+        raise ConfigError(f"objective.kind={objective.kind}: {lacks}; choose top_k or sampled_token")
+    if objective.uses_outcome:
         raise ConfigError(
-            "objective.kind=full_vocabulary: a preflight asks for top-k scores alone; choose top_k or sampled_token"
+            f"objective.outcome.weight={objective.outcome.weight}: a preflight judges the teacher's signal alone; "
+            "leave it at 0"
         )
     if settings.probe_rollouts > settings.batch_rollouts:
         raise ConfigError(

@@ -105,13 +105,20 @@ def _negated(estimate: Estimate) -> Estimate:
     return Estimate(value=-estimate.value, low=-estimate.high, high=-estimate.low)
 
 
+_OF_TOP_K = ("overlap_mass_student", "overlap_mass_teacher", "overlap_ratio", "mass99_overlap")
+
+
 def judge_compatibility(metrics: Mapping[str, Estimate], limits: Thresholds) -> Judgement:
     """Condition 1: compatible thinking patterns (3.1).
 
     `no` when the shared tokens lack mass (C.2), the sets that hold 0.99 differ, or the entropies do (4.1). `yes` when
-    both masses are high (B.1) and either the ratio or the 0.99 sets agree. AUROC, KL and advantage decide nothing: a
-    failing run may have the smaller loss (B.2) and as good a reward (6.2).
+    both masses are high (B.1) and either the ratio or the 0.99 sets agree. Nothing is told of a teacher that sends no
+    top-k. AUROC, KL and advantage decide nothing: a failing run may have the smaller loss (B.2) and as good a reward
+    (6.2).
     """
+    missing = [name for name in _OF_TOP_K if name not in metrics]
+    if missing:
+        return _untold(f"not measured: {', '.join(missing)}; the teacher sends no top-k")
     masses = [
         above(f"overlap mass, {side}", metrics[f"overlap_mass_{side}"], limits.overlap_mass, "4.1, B.1")
         for side in ("student", "teacher")
@@ -222,12 +229,12 @@ def predict(candidate: Candidate, limits: Thresholds) -> tuple[str, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TemplateChange:
-    """A template against the prompts as they are, on the same problems: template minus as-is."""
+    """A template against the prompts as they are, on the same problems: template minus as-is; None: not measured."""
 
-    overlap_ratio: Estimate
-    overlap_mass: Estimate
+    overlap_ratio: Estimate | None
+    overlap_mass: Estimate | None
     """Mean of the student's and the teacher's."""
-    reverse_kl: Estimate
+    reverse_kl: Estimate | None
 
 
 def judge_templates(changes: Mapping[str, TemplateChange], as_is: str) -> tuple[str | None, str]:
@@ -236,14 +243,19 @@ def judge_templates(changes: Mapping[str, TemplateChange], as_is: str) -> tuple[
     A template is named where its ratio rises for certain while the mass does not fall for certain, `as_is` where all
     others lower the ratio for certain, otherwise None.
     """
-    rising = {
-        name: change.overlap_ratio.value
+    known = {
+        name: (change.overlap_ratio, change.overlap_mass)
         for name, change in changes.items()
-        if change.overlap_ratio.low > 0 and change.overlap_mass.high >= 0
+        if change.overlap_ratio is not None and change.overlap_mass is not None
     }
+    rising = {name: ratio.value for name, (ratio, mass) in known.items() if ratio.low > 0 and mass.high >= 0}
     if rising:
         best = max(rising, key=lambda name: rising[name])
         return best, f"{best} raises the overlap ratio by {rising[best]:.3f} (5.2)"
-    if changes and all(change.overlap_ratio.high < 0 for change in changes.values()):
+    if not changes:
+        return None, "no other template was compared"
+    if len(known) < len(changes):
+        return None, "the overlap was not measured"
+    if all(ratio.high < 0 for ratio, _ in known.values()):
         return as_is, "every other template lowers the overlap ratio (5.2)"
-    return None, "no template stands out" if changes else "no other template was compared"
+    return None, "no template stands out"

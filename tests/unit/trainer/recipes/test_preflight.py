@@ -245,7 +245,9 @@ def test_teachers_are_folders_pools_and_urls(world: Path) -> None:
     ("changes", "message"),
     [
         ({"probe_rollouts": 9}, "probe_rollouts=9 is above batch_rollouts=6"),
-        ({"objective": {"kind": "full_vocabulary"}}, "objective.kind=full_vocabulary: a preflight asks for top-k"),
+        ({"objective": {"kind": "full_vocabulary"}}, "objective.kind=full_vocabulary: needs more than"),
+        ({"objective": {"kind": "grpo"}}, "objective.kind=grpo: has no teacher to judge; choose top_k"),
+        ({"objective": {"outcome": {"weight": 0.5}}}, "objective.outcome.weight=0.5: .* leave it at 0"),
         ({"templates": ("chatty",)}, "template: unknown name 'chatty'"),
     ],
 )
