@@ -14,13 +14,15 @@ from rich.console import Console
 
 from opd.errors import ConfigError
 from opd.settings import load_settings
+from services.trainer.prompt_files import prepare_prompts
 from services.trainer.recipes.preflight.command import preflight
 from services.trainer.recipes.preflight.document import Grid, Heading, Text, html, markdown
 from services.trainer.recipes.preflight.findings import Findings
 from services.trainer.recipes.preflight.page import print_findings
+from services.trainer.recipes.preflight.prompt_sets import draw_prompts
 from services.trainer.recipes.preflight.records import RecordFile
 from services.trainer.recipes.preflight.settings import PreflightSettings
-from services.trainer.recipes.preflight.teachers import name_teachers
+from services.trainer.recipes.preflight.teachers import name_teachers, train_settings
 from services.trainer.recipes.self_distillation.settings import TeacherKind
 from services.trainer.run_log import read_steps
 from services.trainer.stop import StopSignal
@@ -226,6 +228,50 @@ def test_another_student_or_other_prompts_under_the_same_paths_begin_another_pil
     assert num_pilots() == 3
     tiny_model(5).save_pretrained(tmp_path / "other")
     assert num_pilots() == 4
+
+
+def chat_tokenizer(last: str) -> Any:
+    """Its chat template ends in a word of its own and begins with w7 where it is told to think."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% if thinks %}w7 {% endif %}" + tokenizer.chat_template.removesuffix("w2") + last
+    return tokenizer
+
+
+def test_everybody_is_asked_as_in_the_training_run(world: Path, tmp_path: Path) -> None:
+    student = chat_tokenizer("w2")
+    chat_tokenizer("w3").save_pretrained(tmp_path / "chat")
+    ways: dict[str, Any] = {
+        "chat_template_kwargs": {"thinks": True},
+        "teacher_tokenizer": str(tmp_path / "chat"),
+        "teacher_template": "dapo",
+        "teacher_chat_template_kwargs": {},
+    }
+    digests = set()
+    for number in range(len(ways) + 1):
+        given = dict(list(ways.items())[:number])
+        settings = settings_of(world, tmp_path / "output", "other", max_prompt_tokens=60, **given)
+        sets = draw_prompts(settings, student)
+        training = train_settings(settings, name_teachers(settings)[0].settings)
+        trained = {told(prompt) for prompt in prepare_prompts(training, student).schedule.step_prompts(0)}
+        assert {told(prompt) for prompt in sets.by_template["as-is"]} <= trained
+        digests.add(sets.digest)
+    assert len(digests) == len(ways) + 1
+    last = sets.by_template["as-is"][0]
+    assert (last.prompt_token_ids[0], last.prompt_token_ids[-1]) == (7, 2)
+    assert (last.teacher_prompt_token_ids[0], last.teacher_prompt_token_ids[-1]) == (0, 3)
+
+
+def told(prompt: Any) -> tuple[bytes, bytes]:
+    return prompt.prompt_token_ids.tobytes(), prompt.teacher_prompt_token_ids.tobytes()
+
+
+def test_teachers_asked_in_another_way_are_another_preflight(world: Path, tmp_path: Path) -> None:
+    settings = settings_of(world, tmp_path, "same", templates=())
+    as_student = run(settings).teachers[0].metrics["reverse_kl"].value
+    in_dapo = run(settings.model_copy(update={"teacher_template": "dapo"})).teachers[0].metrics["reverse_kl"].value
+    assert len(list(tmp_path.glob("records-*.jsonl"))) == 2
+    # The student's own copy reads something else than the student did.
+    assert as_student == pytest.approx(0.0, abs=1e-5) and in_dapo > 1e-3
 
 
 def test_teachers_are_folders_pools_and_urls(world: Path) -> None:
