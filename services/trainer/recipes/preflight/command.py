@@ -8,6 +8,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from opd.errors import ConfigError
+from opd.types import TeacherInfo
 from services.trainer.batch import ScoredRollout
 from services.trainer.loss import DistillLoss
 from services.trainer.models import LoadedModel, load_model
@@ -102,7 +103,7 @@ def _identity(
     fields = ("rollouts_per_prompt", "temperature", "max_response_tokens", "seed")
     return {
         "student": _identity_of(student),
-        "teachers": {teacher.name: teacher.info.fingerprint if teacher.info else "" for teacher in teachers},
+        "teachers": {teacher.name: _identity_of(teacher.info) if teacher.info else [] for teacher in teachers},
         "prompts": {name: [told_of(prompt) for prompt in prompts] for name, prompts in sets.by_template.items()},
         "k": settings.objective.score_top_k,
         "teacher_temperature": settings.objective.teacher_temperature,
@@ -110,9 +111,9 @@ def _identity(
     }
 
 
-def _identity_of(model: LoadedModel) -> list[Any]:
-    """What a model answers is decided by its weights, by its tokens, and by those that end a response."""
-    return [model.fingerprint, model.vocabulary.id_map_hash, sorted(model.eos_token_ids)]
+def _identity_of(model: LoadedModel | TeacherInfo) -> list[Any]:
+    """What a model answers is decided by its weights and by the tokens that end a response."""
+    return [model.fingerprint, sorted(model.eos_token_ids)]
 
 
 def _gradients(

@@ -172,6 +172,19 @@ def test_what_is_finished_is_not_measured_again_and_other_settings_are_another_p
     assert len(list(tmp_path.glob("records-*.jsonl"))) == 2
 
 
+@pytest.mark.parametrize("name", ["student", "other"])
+def test_responses_that_end_at_another_token_are_measured_anew(world: Path, tmp_path: Path, name: str) -> None:
+    for model in ("student", "other"):
+        shutil.copytree(world / model, tmp_path / model)
+    shutil.copy(world / "prompts.jsonl", tmp_path)
+    settings = settings_of(tmp_path, tmp_path / "output", "other", templates=(), num_prompts=3)
+    run(settings)
+    config = tmp_path / name / "generation_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": [1, 5]}), encoding="utf-8")
+    run(settings)
+    assert len(list((tmp_path / "output").glob("records-*.jsonl"))) == 2
+
+
 def test_a_pilot_is_a_training_run_that_goes_on_and_is_not_repeated(world: Path, tmp_path: Path) -> None:
     pilot = {"steps": 5, "prompts_per_step": 2, "rollouts_per_prompt": 2, "lr": 3e-3, "warmup_steps": 9}
     settings = settings_of(world, tmp_path, "other", templates=(), pilot=pilot, max_prompt_tokens=40)
