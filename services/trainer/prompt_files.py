@@ -38,10 +38,11 @@ def prepare_prompts(settings: TrainSettings, tokenizer: Any) -> PreparedPrompts:
             file, split=data.split, teacher_column=column or None, context_column=data.teacher_context_column
         )
     ]
+    student, teacher = views(data, tokenizer)
     prompts = tokenize_problems(
         problems,
-        PromptView(tokenizer=tokenizer, template=data.template, chat_template_kwargs=data.chat_template_kwargs),
-        teacher=_teacher_view(data, tokenizer),
+        student,
+        teacher=teacher,
         max_prompt_tokens=rollout.max_prompt_tokens,
         overlong=data.overlong,
     )
@@ -57,13 +58,14 @@ def prepare_prompts(settings: TrainSettings, tokenizer: Any) -> PreparedPrompts:
     return PreparedPrompts(schedule=schedule, digest=_digest(prompts))
 
 
-def _teacher_view(data: DataSettings, tokenizer: Any) -> PromptView | None:
-    """None where the teacher is to see the student's own ids."""
+def views(data: DataSettings, tokenizer: Any) -> tuple[PromptView, PromptView | None]:
+    """How student and teacher see prompts; None where the teacher is to see the student's own ids."""
+    student = PromptView(tokenizer=tokenizer, template=data.template, chat_template_kwargs=data.chat_template_kwargs)
     own = (data.teacher_tokenizer, data.teacher_template, data.teacher_chat_template_kwargs, data.teacher_context)
     if own == ("", None, None, None):
-        return None
+        return student, None
     kwargs = data.teacher_chat_template_kwargs
-    return PromptView(
+    return student, PromptView(
         tokenizer=load_tokenizer(data.teacher_tokenizer) if data.teacher_tokenizer else tokenizer,
         template=data.teacher_template or data.template,
         chat_template_kwargs=data.chat_template_kwargs if kwargs is None else kwargs,

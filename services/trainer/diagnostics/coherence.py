@@ -21,7 +21,7 @@ def gradient_coherence(losses: Iterable[Callable[[], Tensor]], parameters: Seque
     norms: list[float] = []
     for loss in losses:
         gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
-        norms.append(_norm(gradients))
+        norms.append(gradient_norm(gradients))
         for index, gradient in enumerate(gradients):
             if gradient is not None:
                 # Not in place into what autograd gave: it may share memory with the graph's own buffers.
@@ -29,10 +29,11 @@ def gradient_coherence(losses: Iterable[Callable[[], Tensor]], parameters: Seque
                 sums[index] = gradient if before is None else before + gradient
     total = math.fsum(norms)
     # The number of rollouts cancels out of the two means.
-    return _norm(sums) / total if total > 0 else None
+    return gradient_norm(sums) / total if total > 0 else None
 
 
-def _norm(gradients: Sequence[Tensor | None]) -> float:
+def gradient_norm(gradients: Sequence[Tensor | None]) -> float:
+    """Of all together as one vector, in float64; one that is None counts as 0."""
     # The dtype is that of the sum: no copy of a whole gradient in float64 is made.
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients if gradient is not None]
     return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0

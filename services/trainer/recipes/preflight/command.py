@@ -1,6 +1,6 @@
 """What `opd preflight` does, from its settings to its report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -8,6 +8,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from opd.errors import ConfigError
+from opd.types import TeacherInfo
 from services.trainer.batch import ScoredRollout
 from services.trainer.loss import DistillLoss
 from services.trainer.models import LoadedModel, load_model
@@ -18,7 +19,7 @@ from services.trainer.recipes.preflight.gradient import BatchGradient, batch_gra
 from services.trainer.recipes.preflight.measuring import Measuring, Progress, engine_of
 from services.trainer.recipes.preflight.page import print_findings, write_report
 from services.trainer.recipes.preflight.pilots import pilot_slopes, run_pilot, trained_student
-from services.trainer.recipes.preflight.prompt_sets import PromptSets, draw_prompts
+from services.trainer.recipes.preflight.prompt_sets import PromptSets, draw_prompts, told_of
 from services.trainer.recipes.preflight.records import RecordFile
 from services.trainer.recipes.preflight.rules import PilotSlopes
 from services.trainer.recipes.preflight.settings import AS_IS, PreflightSettings
@@ -55,7 +56,8 @@ def preflight(settings: PreflightSettings, console: Console, stop: StopSignal) -
             measuring = Measuring(fitted, student, teachers, sets, records, say)
             measuring.measure()
             gradients = _gradients(fitted, student, sets, measuring)
-        pilots = _pilots(fitted, teachers, measuring, records, stop, console)
+            starts_from = {"student": _identity_of(student), "prompts": sets.digest}
+        pilots = _pilots(fitted, teachers, starts_from, measuring, records, stop, console)
     found = find_out(fitted, student.name, teachers, records, gradients, pilots, sets.same_as_is)
     written = write_report(found, settings.output_dir, fitted.model_dump(mode="json"))
     console.print("wrote " + ", ".join(str(path) for path in written), markup=False, soft_wrap=True)
@@ -63,9 +65,14 @@ def preflight(settings: PreflightSettings, console: Console, stop: StopSignal) -
 
 
 def _check(settings: PreflightSettings) -> None:
-    if settings.objective.kind is ObjectiveKind.FULL_VOCABULARY:
+    objective = settings.objective
+    if objective.kind not in (ObjectiveKind.TOP_K, ObjectiveKind.SAMPLED_TOKEN):
+        lacks = "has no teacher to judge" if not objective.uses_teacher else "needs more than the scores asked for here"
+        raise ConfigError(f"objective.kind={objective.kind}: {lacks}; choose top_k or sampled_token")
+    if objective.uses_outcome:
         raise ConfigError(
-            "objective.kind=full_vocabulary: a preflight asks for top-k scores alone; choose top_k or sampled_token"
+            f"objective.outcome.weight={objective.outcome.weight}: a preflight judges the teacher's signal alone; "
+            "leave it at 0"
         )
     if settings.probe_rollouts > settings.batch_rollouts:
         raise ConfigError(
@@ -95,16 +102,18 @@ def _identity(
     """Everything that decides what is measured of a prompt."""
     fields = ("rollouts_per_prompt", "temperature", "max_response_tokens", "seed")
     return {
-        "student": student.fingerprint,
-        "teachers": {teacher.name: teacher.info.fingerprint if teacher.info else "" for teacher in teachers},
-        "prompts": {
-            name: [[prompt.prompt_token_ids.tolist(), prompt.template, prompt.answer] for prompt in prompts]
-            for name, prompts in sets.by_template.items()
-        },
+        "student": _identity_of(student),
+        "teachers": {teacher.name: _identity_of(teacher.info) if teacher.info else [] for teacher in teachers},
+        "prompts": {name: [told_of(prompt) for prompt in prompts] for name, prompts in sets.by_template.items()},
         "k": settings.objective.score_top_k,
         "teacher_temperature": settings.objective.teacher_temperature,
         **{name: getattr(settings, name) for name in fields},
     }
+
+
+def _identity_of(model: LoadedModel | TeacherInfo) -> list[Any]:
+    """What a model answers is decided by its weights and by the tokens that end a response."""
+    return [model.fingerprint, sorted(model.eos_token_ids)]
 
 
 def _gradients(
@@ -138,6 +147,7 @@ def _gradients(
 def _pilots(
     settings: PreflightSettings,
     teachers: Sequence[MetTeacher],
+    starts_from: Mapping[str, Any],
     measuring: Measuring,
     records: RecordFile,
     stop: StopSignal,
@@ -149,7 +159,7 @@ def _pilots(
         if teacher.router is None:
             continue
         # Not interruptible as a whole: the run itself says where it can be stopped without being torn.
-        run_dir = run_pilot(settings, teacher, stop, lambda line: console.print(line, markup=False))
+        run_dir = run_pilot(settings, teacher, starts_from, stop, lambda line: console.print(line, markup=False))
         with stop.interruptible():
             measuring.answer(run_dir.name, load_model(str(trained_student(run_dir)), device=settings.device))
         gain = accuracy_difference(records.answers_of(run_dir.name), records.prompts_in(AS_IS), settings.seed)

@@ -1,6 +1,6 @@
 """What a preflight has found, as records: estimates from the sums per prompt, verdicts, ranks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -181,7 +181,8 @@ def _by_position(records: Sequence[PromptRecord], teacher: str) -> dict[str, tup
     keys = sorted({key for record in records for key in record.teachers[teacher].by_position})
     curves = {}
     for key in keys:
-        parts = [record.teachers[teacher].by_position[key] for record in records]
+        found = [record.teachers[teacher].by_position for record in records]
+        parts = [curve[key] for curve in found if key in curve]
         totals, counts = (np.sum([part[column] for part in parts], axis=0) for column in (0, 1))
         curves[key.rpartition("/")[2]] = tuple(
             PositionPoint(start=start, value=float(total / count), count=int(count))
@@ -197,17 +198,18 @@ def _template_change(
     wanted = {record.prompt for record in others}
     same = [record for record in as_is if record.prompt in wanted]
 
-    def change(key: str) -> Estimate:
-        return difference_over_prompts(_column(others, teacher, key), _column(same, teacher, key), seed=seed)
+    def change(read: Callable[[Sequence[PromptRecord]], Column]) -> Estimate | None:
+        one, other = read(others), read(same)
+        return difference_over_prompts(one, other, seed=seed) if one[1].sum() and other[1].sum() else None
 
     def mass(records: Sequence[PromptRecord]) -> Column:
         sides = [_column(records, teacher, f"distill/overlap_mass_{side}") for side in ("student", "teacher")]
         return sides[0][0] + sides[1][0], sides[0][1] + sides[1][1]
 
     return TemplateChange(
-        overlap_ratio=change("distill/overlap_ratio"),
-        overlap_mass=difference_over_prompts(mass(others), mass(same), seed=seed),
-        reverse_kl=change("loss/reverse_kl"),
+        overlap_ratio=change(lambda records: _column(records, teacher, "distill/overlap_ratio")),
+        overlap_mass=change(mass),
+        reverse_kl=change(lambda records: _column(records, teacher, "loss/reverse_kl")),
     )
 
 
@@ -235,6 +237,6 @@ def _auroc(records: Sequence[PromptRecord], teacher: str) -> float | None:
         (reward, is_correct)
         for record in records
         for reward, is_correct in zip(record.teachers[teacher].rewards, record.is_correct, strict=True)
-        if is_correct is not None
+        if is_correct is not None and reward is not None
     ]
     return auroc([reward for reward, _ in judged], [is_correct for _, is_correct in judged])

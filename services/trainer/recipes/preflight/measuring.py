@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from opd.errors import InternalError
 from opd.types import FinishReason, Rollout, ScoreReply, Scores, rollout_id
 from services.trainer.diagnostics import POSITION_EDGES, position_metrics, positions_of
 from services.trainer.diagnostics.means import bucketed, mean_of
@@ -185,7 +184,7 @@ def teacher_record(items: Sequence[ScoredByAll], name: str) -> TeacherRecord:
     """Sums over all positions of one prompt's rollouts."""
     totals: dict[str, list[float]] = {}
     buckets: dict[str, tuple[list[float], list[float]]] = {}
-    rewards = []
+    rewards: list[float | None] = []
     for item in items:
         scored = positions_of(item.rollout, item.scores[name])
         for key, values_T in position_metrics(scored).items():
@@ -196,9 +195,7 @@ def teacher_record(items: Sequence[ScoredByAll], name: str) -> TeacherRecord:
             if key in BY_POSITION:
                 _add_buckets(buckets, key, values_T[defined_T], scored.positions_T[defined_T])
         student_T, teacher_T = scored.student_sampled_logprobs_T, scored.teacher_sampled_logprobs_T
-        if student_T is None or teacher_T is None:
-            raise InternalError(f"rollout {item.rollout.rollout_id}: the sampled tokens were not scored")
-        rewards.append(teacher_reward(student_T, teacher_T))
+        rewards.append(None if student_T is None or teacher_T is None else teacher_reward(student_T, teacher_T))
     metrics = {key: (total, count) for key, (total, count) in totals.items()}
     return TeacherRecord(metrics=metrics, by_position=buckets, rewards=rewards)
 

@@ -6,8 +6,9 @@ goes on, one that has ended is not repeated.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from services.trainer.assembly import CHECKPOINTS, assemble
 from services.trainer.checkpoint import CheckpointStore
@@ -21,13 +22,23 @@ from services.trainer.run_log import read_steps
 from services.trainer.stop import StopSignal
 
 
-def run_pilot(settings: PreflightSettings, teacher: MetTeacher, stop: StopSignal, say: Callable[[str], None]) -> Path:
-    """Takes the steps that are missing; the run's folder. Raises what a training run raises."""
-    training = pilot_settings(settings, teacher)
-    num_done = len(read_steps(training.run_dir)) if training.run_dir.exists() else 0
-    if num_done < settings.pilot.steps:
+def run_pilot(
+    settings: PreflightSettings,
+    teacher: MetTeacher,
+    starts_from: Mapping[str, Any],
+    stop: StopSignal,
+    say: Callable[[str], None],
+) -> Path:
+    """Takes the steps that are missing; the run's folder. `starts_from` as in `pilot_settings`.
+
+    Raises what a training run raises.
+    """
+    training = pilot_settings(settings, teacher, starts_from)
+    # The student that is to be measured, and not the last metrics, which are written before it.
+    latest = CheckpointStore(training.run_dir / CHECKPOINTS, keep_last=1).latest()
+    if latest is None or latest.state.step < settings.pilot.steps:
         say(f"pilot of {settings.pilot.steps} steps with {teacher.name}")
-        run = assemble(training, stop, resume=num_done > 0)
+        run = assemble(training, stop, resume=training.run_dir.exists())
         try:
             run.train()
         finally:
@@ -36,12 +47,16 @@ def run_pilot(settings: PreflightSettings, teacher: MetTeacher, stop: StopSignal
 
 
 def trained_student(run_dir: Path) -> Path:
-    """The model folder that the pilot left."""
+    """The model folder that a finished pilot left."""
     return CheckpointStore(run_dir / CHECKPOINTS, keep_last=1).folders()[-1]
 
 
-def pilot_settings(settings: PreflightSettings, teacher: MetTeacher) -> TrainSettings:
-    """The run's folder carries a hash of everything it is told, so that other settings begin another run."""
+def pilot_settings(settings: PreflightSettings, teacher: MetTeacher, starts_from: Mapping[str, Any]) -> TrainSettings:
+    """The run's folder carries a hash of everything it is told and of what lies behind the paths in it.
+
+    That is the teacher's fingerprint and `starts_from`, the student and the prompts: another student saved under the
+    same name begins another run.
+    """
     training = train_settings(settings, teacher.settings)
     training = training.model_copy(
         update={
@@ -51,8 +66,9 @@ def pilot_settings(settings: PreflightSettings, teacher: MetTeacher) -> TrainSet
             ),
         }
     )
-    told = json.dumps(training.model_dump(mode="json", exclude={"run_dir"}), sort_keys=True)
-    digest = hashlib.sha256(f"{told}{teacher.info.fingerprint if teacher.info else ''}".encode()).hexdigest()[:12]
+    told = training.model_dump(mode="json", exclude={"run_dir"})
+    behind = {"teacher": teacher.info.fingerprint if teacher.info else "", **starts_from}
+    digest = hashlib.sha256(json.dumps([told, behind], sort_keys=True).encode()).hexdigest()[:12]
     return training.model_copy(update={"run_dir": settings.output_dir / f"pilot-{teacher.name}-{digest}"})
 
 

@@ -1,12 +1,16 @@
 """The prompts of a preflight: drawn once by the seed, and asked in several templates."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from services.trainer.prompts import PromptProblem, PromptView, TokenizedPrompt, load_problems, tokenize_problems
+from services.trainer.config import DataSettings
+from services.trainer.prompt_files import views
+from services.trainer.prompts import PromptProblem, TokenizedPrompt, load_problems, tokenize_problems
 from services.trainer.recipes.preflight.settings import AS_IS, PreflightSettings
 from services.trainer.templates import get_template
 
@@ -21,6 +25,21 @@ class PromptSets:
     """`as-is` first."""
     same_as_is: tuple[str, ...]
     """Templates left out because the prompts are in them already."""
+    digest: str
+    """Hash over all prompts below the limit, from which a pilot draws, with their answers."""
+
+
+def data_settings(settings: PreflightSettings) -> DataSettings:
+    """The prompts as the training run is to have them, which goes on as long as its steps say."""
+    return DataSettings(
+        files=settings.prompts,
+        split=settings.split,
+        chat_template_kwargs=settings.chat_template_kwargs,
+        teacher_tokenizer=settings.teacher_tokenizer,
+        teacher_template=settings.teacher_template,
+        teacher_chat_template_kwargs=settings.teacher_chat_template_kwargs,
+        num_epochs=1000,
+    )
 
 
 def draw_prompts(settings: PreflightSettings, tokenizer: Any) -> PromptSets:
@@ -29,10 +48,8 @@ def draw_prompts(settings: PreflightSettings, tokenizer: Any) -> PromptSets:
         get_template(name)
     problems = [problem for file in settings.prompts for problem in load_problems(file, split=settings.split)]
     order = np.random.default_rng([settings.seed, len(problems)]).permutation(len(problems))
-    view = PromptView(tokenizer=tokenizer)
-    fitting = tokenize_problems(
-        [problems[place] for place in order], view, max_prompt_tokens=settings.max_prompt_tokens
-    )
+    data = data_settings(settings)
+    fitting = _asked([problems[place] for place in order], data, tokenizer, settings.max_prompt_tokens)
     prompts = fitting[: settings.num_prompts]
     by_template: dict[str, Sequence[TokenizedPrompt]] = {AS_IS: prompts}
     same = []
@@ -41,10 +58,25 @@ def draw_prompts(settings: PreflightSettings, tokenizer: Any) -> PromptSets:
         if all(problem.template == name for problem in chosen):
             same.append(name)
         else:
-            by_template[name] = _in_template(chosen, name, tokenizer)
-    return PromptSets(by_template=by_template, same_as_is=tuple(same))
+            by_template[name] = _asked(chosen, data.model_copy(update={"template": name}), tokenizer, _NO_LIMIT)
+    return PromptSets(by_template=by_template, same_as_is=tuple(same), digest=_digest(fitting))
 
 
-def _in_template(problems: Sequence[PromptProblem], name: str, tokenizer: Any) -> list[TokenizedPrompt]:
-    view = PromptView(tokenizer=tokenizer, template=name)
-    return tokenize_problems(problems, view, max_prompt_tokens=_NO_LIMIT)
+def told_of(prompt: TokenizedPrompt) -> list[Any]:
+    """Everything of a prompt that decides what is sampled, scored and graded."""
+    asked = (prompt.prompt_token_ids.tolist(), prompt.teacher_prompt_token_ids.tolist())
+    return [*asked, prompt.template, prompt.answer]
+
+
+def _digest(prompts: Sequence[TokenizedPrompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps(told_of(prompt)).encode())
+    return digest.hexdigest()[:32]
+
+
+def _asked(
+    problems: Sequence[PromptProblem], data: DataSettings, tokenizer: Any, max_prompt_tokens: int
+) -> list[TokenizedPrompt]:
+    student, teacher = views(data, tokenizer)
+    return tokenize_problems(problems, student, teacher=teacher, max_prompt_tokens=max_prompt_tokens)

@@ -27,8 +27,8 @@ class TeacherRecord:
     metrics: Mapping[str, Sums]
     by_position: Mapping[str, tuple[list[float], list[float]]]
     """Totals and counts per bucket of positions."""
-    rewards: list[float]
-    """Mean log q - log p at the sampled tokens, one per rollout (6.2)."""
+    rewards: list[float | None]
+    """Mean log q - log p at the sampled tokens, one per rollout (6.2); None where they were not scored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -82,19 +82,22 @@ class Ranked:
     reason: str
 
 
-def above(name: str, estimate: Estimate, threshold: float, section: str) -> Evidence:
-    """`yes` where the interval lies at or above the threshold, `no` where it lies below."""
+def above(name: str, estimate: Estimate, threshold: float, section: str, *, is_change: bool = False) -> Evidence:
+    """`yes` where the interval lies at or above the threshold, `no` where it lies below.
+
+    A change has to lie beyond its threshold: where nothing has moved the interval is 0 to 0, and that is no gain.
+    """
     verdict = Verdict.UNCLEAR
-    if estimate.low >= threshold:
+    if estimate.low > threshold or (estimate.low == threshold and not is_change):
         verdict = Verdict.YES
     elif estimate.high < threshold:
         verdict = Verdict.NO
     return Evidence(name=name, estimate=estimate, threshold=threshold, verdict=verdict, section=section)
 
 
-def below(name: str, estimate: Estimate, threshold: float, section: str) -> Evidence:
-    """`yes` where the interval lies at or below the threshold, `no` where it lies above."""
-    mirrored = above(name, _negated(estimate), -threshold, section)
+def below(name: str, estimate: Estimate, threshold: float, section: str, *, is_change: bool = False) -> Evidence:
+    """`yes` where the interval lies at or below the threshold, `no` where it lies above; changes as in `above`."""
+    mirrored = above(name, _negated(estimate), -threshold, section, is_change=is_change)
     return Evidence(name=name, estimate=estimate, threshold=threshold, verdict=mirrored.verdict, section=section)
 
 
@@ -102,13 +105,20 @@ def _negated(estimate: Estimate) -> Estimate:
     return Estimate(value=-estimate.value, low=-estimate.high, high=-estimate.low)
 
 
+_OF_TOP_K = ("overlap_mass_student", "overlap_mass_teacher", "overlap_ratio", "mass99_overlap")
+
+
 def judge_compatibility(metrics: Mapping[str, Estimate], limits: Thresholds) -> Judgement:
     """Condition 1: compatible thinking patterns (3.1).
 
     `no` when the shared tokens lack mass (C.2), the sets that hold 0.99 differ, or the entropies do (4.1). `yes` when
-    both masses are high (B.1) and either the ratio or the 0.99 sets agree. AUROC, KL and advantage decide nothing: a
-    failing run may have the smaller loss (B.2) and as good a reward (6.2).
+    both masses are high (B.1) and either the ratio or the 0.99 sets agree. Nothing is told of a teacher that sends no
+    top-k. AUROC, KL and advantage decide nothing: a failing run may have the smaller loss (B.2) and as good a reward
+    (6.2).
     """
+    missing = [name for name in _OF_TOP_K if name not in metrics]
+    if missing:
+        return _untold(f"not measured: {', '.join(missing)}; the teacher sends no top-k")
     masses = [
         above(f"overlap mass, {side}", metrics[f"overlap_mass_{side}"], limits.overlap_mass, "4.1, B.1")
         for side in ("student", "teacher")
@@ -147,12 +157,12 @@ def judge_new_knowledge(pilot: PilotSlopes | None, limits: Thresholds) -> Judgem
         return _untold("no answer is known, so the pilot shows no accuracy")
     if pilot.reverse_kl is None:
         return _untold(f"{pilot.num_steps} steps are too few for a slope; give --pilot-steps 4 or more")
-    rises = above("accuracy gained by the pilot", pilot.gain, limits.pilot_gain, "3.2")
-    falls = below("reverse KL per step", pilot.reverse_kl, 0.0, "4.1, B.2")
+    rises = above("accuracy gained by the pilot", pilot.gain, limits.pilot_gain, "3.2", is_change=True)
+    falls = below("reverse KL per step", pilot.reverse_kl, 0.0, "4.1, B.2", is_change=True)
     evidence = [rises, falls]
     for name, estimate in (("overlap ratio per step", pilot.overlap_ratio), ("accuracy per step", pilot.accuracy)):
         if estimate is not None:
-            evidence.append(above(name, estimate, 0.0, "4.1"))
+            evidence.append(above(name, estimate, 0.0, "4.1", is_change=True))
     verdict, reason = _by_pilot(rises.verdict, falls.verdict)
     return Judgement(verdict=verdict, evidence=tuple(evidence), reason=reason)
 
@@ -219,12 +229,12 @@ def predict(candidate: Candidate, limits: Thresholds) -> tuple[str, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TemplateChange:
-    """A template against the prompts as they are, on the same problems: template minus as-is."""
+    """A template against the prompts as they are, on the same problems: template minus as-is; None: not measured."""
 
-    overlap_ratio: Estimate
-    overlap_mass: Estimate
+    overlap_ratio: Estimate | None
+    overlap_mass: Estimate | None
     """Mean of the student's and the teacher's."""
-    reverse_kl: Estimate
+    reverse_kl: Estimate | None
 
 
 def judge_templates(changes: Mapping[str, TemplateChange], as_is: str) -> tuple[str | None, str]:
@@ -233,14 +243,19 @@ def judge_templates(changes: Mapping[str, TemplateChange], as_is: str) -> tuple[
     A template is named where its ratio rises for certain while the mass does not fall for certain, `as_is` where all
     others lower the ratio for certain, otherwise None.
     """
-    rising = {
-        name: change.overlap_ratio.value
+    known = {
+        name: (change.overlap_ratio, change.overlap_mass)
         for name, change in changes.items()
-        if change.overlap_ratio.low > 0 and change.overlap_mass.high >= 0
+        if change.overlap_ratio is not None and change.overlap_mass is not None
     }
+    rising = {name: ratio.value for name, (ratio, mass) in known.items() if ratio.low > 0 and mass.high >= 0}
     if rising:
         best = max(rising, key=lambda name: rising[name])
         return best, f"{best} raises the overlap ratio by {rising[best]:.3f} (5.2)"
-    if changes and all(change.overlap_ratio.high < 0 for change in changes.values()):
+    if not changes:
+        return None, "no other template was compared"
+    if len(known) < len(changes):
+        return None, "the overlap was not measured"
+    if all(ratio.high < 0 for ratio, _ in known.values()):
         return as_is, "every other template lowers the overlap ratio (5.2)"
-    return None, "no template stands out" if changes else "no other template was compared"
+    return None, "no template stands out"

@@ -69,6 +69,15 @@ class PreflightSettings(Settings):
     """Compared with the prompts as they are (5.2); empty compares nothing."""
     template_prompts: PositiveInt = 64
     """Of the prompts, for each template."""
+    chat_template_kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Passed on to the student's chat template, such as enable_thinking. This and the three below are the training
+    run's settings of the same names in `data`, and mean the same."""
+    teacher_tokenizer: str = ""
+    """Folder or hub name whose chat template puts prompts as teachers are to see them; empty means the student's."""
+    teacher_template: str | None = None
+    """Asks the teachers in this template; unset means as the student is asked."""
+    teacher_chat_template_kwargs: dict[str, bool | int | float | str] | None = None
+    """For the teachers' view; unset means as for the student."""
     batch_rollouts: PositiveInt = 64
     """Of the one batch whose loss and gradient norm are looked at."""
     probe_rollouts: Annotated[int, Field(ge=2)] = 16

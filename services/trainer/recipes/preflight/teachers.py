@@ -15,6 +15,7 @@ from opd.types import Encoding, TeacherInfo
 from opd.vocabulary import check_same_vocabulary
 from services.trainer.config import ONLY_TEACHER, TeacherSettings, TrainSettings
 from services.trainer.models import LoadedModel, load_model
+from services.trainer.recipes.preflight.prompt_sets import data_settings
 from services.trainer.recipes.preflight.settings import PreflightSettings
 from services.trainer.recipes.self_distillation.settings import TeacherKind
 from services.trainer.recipes.self_distillation.teacher import LocalTeacher
@@ -84,7 +85,7 @@ def train_settings(settings: PreflightSettings, teacher: TeacherSettings) -> Tra
                 "max_micro_batch_tokens": settings.max_micro_batch_tokens,
             },
             "teacher": teacher,
-            "data": {"files": settings.prompts, "split": settings.split, "num_epochs": 1000},
+            "data": data_settings(settings),
             "rollout": {
                 "prompts_per_step": settings.pilot.prompts_per_step,
                 "rollouts_per_prompt": settings.pilot.rollouts_per_prompt,

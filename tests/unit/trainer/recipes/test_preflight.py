@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
@@ -13,13 +14,15 @@ from rich.console import Console
 
 from opd.errors import ConfigError
 from opd.settings import load_settings
+from services.trainer.prompt_files import prepare_prompts
 from services.trainer.recipes.preflight.command import preflight
 from services.trainer.recipes.preflight.document import Grid, Heading, Text, html, markdown
 from services.trainer.recipes.preflight.findings import Findings
 from services.trainer.recipes.preflight.page import print_findings
+from services.trainer.recipes.preflight.prompt_sets import draw_prompts
 from services.trainer.recipes.preflight.records import RecordFile
 from services.trainer.recipes.preflight.settings import PreflightSettings
-from services.trainer.recipes.preflight.teachers import name_teachers
+from services.trainer.recipes.preflight.teachers import name_teachers, train_settings
 from services.trainer.recipes.self_distillation.settings import TeacherKind
 from services.trainer.run_log import read_steps
 from services.trainer.stop import StopSignal
@@ -169,6 +172,19 @@ def test_what_is_finished_is_not_measured_again_and_other_settings_are_another_p
     assert len(list(tmp_path.glob("records-*.jsonl"))) == 2
 
 
+@pytest.mark.parametrize("name", ["student", "other"])
+def test_responses_that_end_at_another_token_are_measured_anew(world: Path, tmp_path: Path, name: str) -> None:
+    for model in ("student", "other"):
+        shutil.copytree(world / model, tmp_path / model)
+    shutil.copy(world / "prompts.jsonl", tmp_path)
+    settings = settings_of(tmp_path, tmp_path / "output", "other", templates=(), num_prompts=3)
+    run(settings)
+    config = tmp_path / name / "generation_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": [1, 5]}), encoding="utf-8")
+    run(settings)
+    assert len(list((tmp_path / "output").glob("records-*.jsonl"))) == 2
+
+
 def test_a_pilot_is_a_training_run_that_goes_on_and_is_not_repeated(world: Path, tmp_path: Path) -> None:
     pilot = {"steps": 5, "prompts_per_step": 2, "rollouts_per_prompt": 2, "lr": 3e-3, "warmup_steps": 9}
     settings = settings_of(world, tmp_path, "other", templates=(), pilot=pilot, max_prompt_tokens=40)
@@ -187,6 +203,88 @@ def test_a_pilot_is_a_training_run_that_goes_on_and_is_not_repeated(world: Path,
     before = (folder / "metrics.jsonl").stat().st_mtime_ns
     assert run(settings).teachers[0].pilot == first.pilot
     assert (folder / "metrics.jsonl").stat().st_mtime_ns == before
+    # Killed between the last line of metrics and the checkpoint: the steps are taken again, once.
+    shutil.rmtree(folder / "checkpoints")
+    again = run(settings).teachers[0].pilot
+    assert again is not None and again.num_steps == 5
+    assert [record["step"] for record in read_steps(folder)] == [1, 2, 3, 4, 5]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000005"]
+    # Killed likewise, with an older checkpoint there.
+    state = folder / "checkpoints" / "step-000005"
+    state = state.rename(state.with_name("step-000003")) / "trainer" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"step": 3}), encoding="utf-8")
+    run(settings)
+    assert (folder / "checkpoints" / "step-000005").is_dir()
+    assert [record["step"] for record in read_steps(folder)] == [1, 2, 3, 4, 5]
+
+
+def test_another_student_or_other_prompts_under_the_same_paths_begin_another_pilot(world: Path, tmp_path: Path) -> None:
+    for name in ("student", "other"):
+        shutil.copytree(world / name, tmp_path / name)
+    prompts = (world / "prompts.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "prompts.jsonl").write_text(prompts, encoding="utf-8")
+    pilot = {"steps": 1, "prompts_per_step": 1, "rollouts_per_prompt": 1}
+    settings = settings_of(
+        tmp_path, tmp_path / "output", "other", templates=(), num_prompts=1, pilot=pilot, max_prompt_tokens=40
+    )
+    small = settings.model_copy(update={"batch_rollouts": 2, "probe_rollouts": 2})
+
+    def num_pilots() -> int:
+        run(small)
+        return len(list((tmp_path / "output").glob("pilot-other-*")))
+
+    assert num_pilots() == num_pilots() == 1
+    # Another answer to the same question changes what the pilot's accuracy means.
+    (tmp_path / "prompts.jsonl").write_text(prompts.replace('"w7"', '"w8"'), encoding="utf-8")
+    assert num_pilots() == 2
+    tiny_model(4).save_pretrained(tmp_path / "student")
+    assert num_pilots() == 3
+    tiny_model(5).save_pretrained(tmp_path / "other")
+    assert num_pilots() == 4
+
+
+def chat_tokenizer(last: str) -> Any:
+    """Its chat template ends in a word of its own and begins with w7 where it is told to think."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% if thinks %}w7 {% endif %}" + tokenizer.chat_template.removesuffix("w2") + last
+    return tokenizer
+
+
+def test_everybody_is_asked_as_in_the_training_run(world: Path, tmp_path: Path) -> None:
+    student = chat_tokenizer("w2")
+    chat_tokenizer("w3").save_pretrained(tmp_path / "chat")
+    ways: dict[str, Any] = {
+        "chat_template_kwargs": {"thinks": True},
+        "teacher_tokenizer": str(tmp_path / "chat"),
+        "teacher_template": "dapo",
+        "teacher_chat_template_kwargs": {},
+    }
+    digests = set()
+    for number in range(len(ways) + 1):
+        given = dict(list(ways.items())[:number])
+        settings = settings_of(world, tmp_path / "output", "other", max_prompt_tokens=60, **given)
+        sets = draw_prompts(settings, student)
+        training = train_settings(settings, name_teachers(settings)[0].settings)
+        trained = {told(prompt) for prompt in prepare_prompts(training, student).schedule.step_prompts(0)}
+        assert {told(prompt) for prompt in sets.by_template["as-is"]} <= trained
+        digests.add(sets.digest)
+    assert len(digests) == len(ways) + 1
+    last = sets.by_template["as-is"][0]
+    assert (last.prompt_token_ids[0], last.prompt_token_ids[-1]) == (7, 2)
+    assert (last.teacher_prompt_token_ids[0], last.teacher_prompt_token_ids[-1]) == (0, 3)
+
+
+def told(prompt: Any) -> tuple[bytes, bytes]:
+    return prompt.prompt_token_ids.tobytes(), prompt.teacher_prompt_token_ids.tobytes()
+
+
+def test_teachers_asked_in_another_way_are_another_preflight(world: Path, tmp_path: Path) -> None:
+    settings = settings_of(world, tmp_path, "same", templates=())
+    as_student = run(settings).teachers[0].metrics["reverse_kl"].value
+    in_dapo = run(settings.model_copy(update={"teacher_template": "dapo"})).teachers[0].metrics["reverse_kl"].value
+    assert len(list(tmp_path.glob("records-*.jsonl"))) == 2
+    # The student's own copy reads something else than the student did.
+    assert as_student == pytest.approx(0.0, abs=1e-5) and in_dapo > 1e-3
 
 
 def test_teachers_are_folders_pools_and_urls(world: Path) -> None:
@@ -206,7 +304,9 @@ def test_teachers_are_folders_pools_and_urls(world: Path) -> None:
     ("changes", "message"),
     [
         ({"probe_rollouts": 9}, "probe_rollouts=9 is above batch_rollouts=6"),
-        ({"objective": {"kind": "full_vocabulary"}}, "objective.kind=full_vocabulary: a preflight asks for top-k"),
+        ({"objective": {"kind": "full_vocabulary"}}, "objective.kind=full_vocabulary: needs more than"),
+        ({"objective": {"kind": "grpo"}}, "objective.kind=grpo: has no teacher to judge; choose top_k"),
+        ({"objective": {"outcome": {"weight": 0.5}}}, "objective.outcome.weight=0.5: .* leave it at 0"),
         ({"templates": ("chatty",)}, "template: unknown name 'chatty'"),
     ],
 )

@@ -1,13 +1,25 @@
 """Sums per prompt against plain float64 arithmetic on whole distributions."""
 
+from io import StringIO
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
+from opd.types import Scores
 from services.trainer.batch import ScoredRollout
+from services.trainer.config import TeacherSettings
+from services.trainer.recipes.preflight.findings import find_out
 from services.trainer.recipes.preflight.measuring import ScoredByAll, teacher_record
+from services.trainer.recipes.preflight.page import print_findings, write_report
+from services.trainer.recipes.preflight.records import PromptRecord, RecordFile
+from services.trainer.recipes.preflight.rules import Verdict
+from services.trainer.recipes.preflight.settings import AS_IS, PreflightSettings
+from services.trainer.recipes.preflight.teachers import MetTeacher
 from tests.unit.trainer.recipes.scored_rollouts import K, scored
-from tests.unit.trainer.tiny_training import reverse_kl, tiny_model
+from tests.unit.trainer.tiny_training import TEACHER_INFO, reverse_kl, tiny_model
 
 RESPONSES = ([7, 3, 8, 5, 11, 2, 9] * 3, [4, 4, 10])
 
@@ -54,3 +66,28 @@ def test_sums_are_over_all_positions_of_a_prompts_rollouts() -> None:
     first = [value for index, value in enumerate(kl) if index < 16 or index >= len(RESPONSES[0])]
     assert counts[:2] == [16.0 + 3.0, 5.0]
     assert totals[0] == pytest.approx(sum(first), rel=1e-4)
+
+
+def test_a_teacher_that_scores_the_sampled_tokens_alone_is_reported_without_the_rest(tmp_path: Path) -> None:
+    student, teacher = tiny_model(1), tiny_model(2)
+    item = scored(student, teacher, [5, 9, 2], RESPONSES[0])
+    sparse = ScoredByAll(rollout=item.rollout, scores={"t": Scores(sampled_logprobs=item.scores.sampled_logprobs)})
+    records = RecordFile.open(tmp_path, {})
+    for template in (AS_IS, "dapo"):
+        records.add(
+            PromptRecord(
+                template=template, prompt=0, is_correct=[True], num_tokens=[21], is_truncated=[False],
+                teachers={"t": teacher_record([sparse], "t")},
+            )
+        )  # fmt: skip
+    met = MetTeacher(name="t", settings=TeacherSettings(pool="t"), info=TEACHER_INFO, router=None, loaded=None)
+    settings = PreflightSettings(student="s", teachers=("t",), prompts=("p",))
+    found = find_out(settings, "s", [met], records, {}, {}, ())
+    (only,) = found.teachers
+    assert "overlap_ratio" not in only.metrics and "reverse_kl" not in only.metrics
+    assert only.compatible is not None and only.compatible.verdict is Verdict.CANNOT_BE_TOLD
+    assert only.template_reason == "the overlap was not measured"
+    text = StringIO()
+    print_findings(found, Console(file=text, width=80))
+    assert "cannot be told" in text.getvalue()
+    assert all(path.is_file() for path in write_report(found, tmp_path, {}))

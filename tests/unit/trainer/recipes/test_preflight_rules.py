@@ -94,6 +94,14 @@ def test_condition_1_does_without_entropies_and_names_its_evidence() -> None:
     assert {item.section for item in judgement.evidence} == {"4.1, B.1", "C.2", "3.1, 4.1", ""}
 
 
+@pytest.mark.parametrize("name", [name for name in GOOD if name != "entropy_gap_share"])
+def test_condition_1_is_not_told_without_what_it_rests_on(name: str) -> None:
+    judgement = judge_compatibility({key: value for key, value in GOOD.items() if key != name}, LIMITS)
+    assert judgement.verdict is Verdict.CANNOT_BE_TOLD
+    assert name in judgement.reason
+    assert predict(candidate(compatible=judgement), LIMITS)[0] == "possible gain"
+
+
 def test_thresholds_are_settings() -> None:
     metrics = GOOD | {"mass99_overlap": around(0.85)}
     assert judge_compatibility(metrics, Thresholds(mass99_overlap=0.8)).verdict is Verdict.YES
@@ -108,6 +116,9 @@ def test_thresholds_are_settings() -> None:
         (pilot(around(0.02), around(-0.01)), Verdict.YES, "accuracy rose while the student came closer"),
         (pilot(around(0.02), around(0.01)), Verdict.UNCLEAR, "came no closer"),
         (pilot(around(0.0), around(-0.01)), Verdict.UNCLEAR, "within the noise"),
+        # Nothing at all has moved.
+        (pilot(around(0.0, 0.0), around(-0.01)), Verdict.UNCLEAR, "within the noise"),
+        (pilot(around(0.02), around(0.0, 0.0)), Verdict.UNCLEAR, "came no closer"),
         (pilot(around(-0.02), around(-0.01)), Verdict.NO, "lost accuracy"),
         (pilot(around(-0.02), around(0.01)), Verdict.NO, "lost accuracy"),
     ],
@@ -174,6 +185,7 @@ def change(ratio: float, mass: float = 0.0) -> TemplateChange:
         ({"boxed": change(0.05, mass=-0.1), "dapo": change(0.02)}, "dapo"),
         ({"boxed": change(-0.05), "dapo": change(-0.02)}, "as-is"),
         ({"boxed": change(-0.05), "dapo": change(0.0)}, None),
+        ({"boxed": TemplateChange(overlap_ratio=None, overlap_mass=None, reverse_kl=None)}, None),
     ],
 )
 def test_a_template_is_named_where_it_raises_the_ratio_for_certain(
