@@ -10,11 +10,15 @@ import logging
 import os
 import signal
 import sys
+import time
 
 _log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 DIE_WITH_PARENT = "OPD_DIE_WITH_PARENT"
 """Environment variable: the process id of the launcher to die with."""
+SAME_REQUEST_S = 1.0
+"""Signals closer together than this are one request to end: the kernel tells of a launcher that was killed once for
+each of its threads, and who loses patience takes longer."""
 
 
 class Shutdown:
@@ -23,6 +27,7 @@ class Shutdown:
     def __init__(self) -> None:
         self.requested = asyncio.Event()
         self.signal_name = ""
+        self._requested_at_s = 0.0
 
     def install(self, loop: asyncio.AbstractEventLoop) -> None:
         """Takes both signals over; other owners, such as uvicorn's, must be off."""
@@ -31,11 +36,12 @@ class Shutdown:
 
     def request(self, reason: str) -> None:
         """Asks for the same orderly end from inside."""
-        self.signal_name = self.signal_name or reason
+        if not self.requested.is_set():
+            self.signal_name, self._requested_at_s = reason, time.monotonic()
         self.requested.set()
 
     def _handle(self, number: signal.Signals) -> None:
-        if self.requested.is_set():
+        if self.requested.is_set() and time.monotonic() - self._requested_at_s > SAME_REQUEST_S:
             _log.warning("%s again, ending at once", signal.Signals(number).name)
             os._exit(130)
         self.request(signal.Signals(number).name)

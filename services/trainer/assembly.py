@@ -145,7 +145,7 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
     log.create(config)
     if parts.checkpoint is not None:
         _restore(parts.checkpoint, optimizer, log, settings)
-    elif parts.resume:
+    elif parts.resume and log.has_run():
         _begin_anew(log)
     loss = DistillLoss(student, build_objective(settings.objective), settings.objective, parts.teacher_head)
     first_step = parts.checkpoint.state.step if parts.checkpoint else 0

@@ -2,15 +2,18 @@
 
 While rollouts are sampled or replies awaited, a signal ends the step at once; the weights are those of the last
 completed step. During a backward pass, an optimizer step or a checkpoint it is only noted, and acted upon at the next
-such place. A second signal ends the process at once.
+such place. A second signal, unless it comes right with the first, ends the process at once.
 """
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+from opd.lifecycle import SAME_REQUEST_S
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _EXIT_BASE = 128
@@ -30,6 +33,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._number: int | None = None
+        self._requested_at_s = 0.0
         self._is_interruptible = False
         self._previous: dict[int, Any] = {}
 
@@ -58,7 +62,9 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._number is not None:
-            os._exit(_EXIT_BASE + number)
-        self._number = number
+            if time.monotonic() - self._requested_at_s > SAME_REQUEST_S:
+                os._exit(_EXIT_BASE + number)
+            return
+        self._number, self._requested_at_s = number, time.monotonic()
         if self._is_interruptible:
             raise StopRequested(number)

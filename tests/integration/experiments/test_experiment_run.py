@@ -52,7 +52,7 @@ def the_run(folder: Path) -> Path:
 def test_a_killed_run_goes_on_and_a_finished_one_is_not_repeated(tmp_path: Path) -> None:
     killed = start(tmp_path)
     deadline = time.monotonic() + PATIENCE_S
-    while not any((tmp_path / "work" / "runs").glob("*/metrics.jsonl")):
+    while not any(found.stat().st_size for found in (tmp_path / "work" / "runs").glob("*/metrics.jsonl")):
         assert killed.poll() is None and time.monotonic() < deadline, said(tmp_path)
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)

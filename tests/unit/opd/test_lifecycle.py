@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from opd.lifecycle import SAME_REQUEST_S
+
 ROOT = Path(__file__).parents[3]
 
 SHUTDOWN = """
@@ -63,6 +65,9 @@ def test_a_second_signal_ends_at_once() -> None:
         process.stdout.readline()
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "SIGINT\n"
+        process.send_signal(signal.SIGINT)
+        time.sleep(SAME_REQUEST_S + 0.2)
+        assert process.poll() is None, "right after the first it is the same request"
         process.send_signal(signal.SIGINT)
         assert process.wait(5) == 130
 
