@@ -110,7 +110,7 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
     # Teachers may be long in coming, so they are met last.
     evaluate = _evaluator(settings, loaded, log)
     status.enter("waiting")
-    teachers, teacher_head = _meet_teachers(settings, links, loaded, console)
+    teachers, teacher_head = _meet_teachers(settings, links, loaded, prompts, console)
     return _Parts(
         settings=settings,
         stop=stop,
@@ -261,12 +261,18 @@ def _serve_status(settings: TrainSettings, status: RunStatus, opened: ExitStack)
 
 
 def _meet_teachers(
-    settings: TrainSettings, links: dict[str, TeacherLink], loaded: LoadedModel, console: RunConsole
+    settings: TrainSettings,
+    links: dict[str, TeacherLink],
+    loaded: LoadedModel,
+    prompts: PreparedPrompts,
+    console: RunConsole,
 ) -> tuple[Scorer, TeacherHead | None]:
     """Whoever is to score, willing to, and the output head where the objective needs one."""
     if not settings.objective.uses_teacher:
         return NoTeachers(), None
-    teachers = build_router(settings, links, vocabulary=loaded.vocabulary, student_name=loaded.name)
+    teachers = build_router(
+        settings, links, vocabulary=loaded.vocabulary, student_name=loaded.name, longest=prompts.longest
+    )
     teachers.shake_hands(wait_s=settings.teacher.wait_s, on_wait=console.say)
     if settings.objective.kind is not ObjectiveKind.FULL_VOCABULARY:
         return teachers, None

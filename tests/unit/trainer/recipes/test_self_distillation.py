@@ -253,6 +253,14 @@ def refused(world: Path, tmp_path: Path) -> Callable[..., None]:
     return refuse
 
 
+def test_a_context_too_long_for_the_teacher_is_refused_at_the_start(world: Path, tmp_path: Path) -> None:
+    context = f"data.teacher_context='{' w3' * 116} {{answer}}'"
+    with pytest.raises(
+        UnsupportedError, match=r"^prompt 0 of prompts: .* it is 130 tokens, teacher teacher takes at most 128; shorten"
+    ):
+        assemble(settings_of(world, tmp_path / "run", "teacher.kind=self", context), StopSignal(), resume=False)
+
+
 def test_a_context_that_a_row_cannot_fill_names_the_row(refused: Callable[..., None]) -> None:
     refused("prompt 0 of prompts: .* wants its context", "teacher.kind=self", "data.teacher_context={context}")
     refused(
