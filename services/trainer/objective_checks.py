@@ -29,6 +29,8 @@ def check_objective(settings: "TrainSettings") -> None:
         _check_reaches_hidden_states(settings)
     if objective.tail is Tail.BUCKET:
         _check_encoding(settings)
+    if objective.estimates_from_samples:
+        _check_whole_sampling(settings)
     if objective.uses_outcome and settings.rollout.rollouts_per_prompt < 2:
         raise ValueError(
             "rollout.rollouts_per_prompt=1: a verified answer is compared with the others of its prompt; give 2 or more"
@@ -48,6 +50,18 @@ def _check_reaches_hidden_states(settings: "TrainSettings") -> None:
             f"objective.kind=full_vocabulary with teacher.url={shown}: hidden states "
             "travel over gRPC alone; set teacher.url to grpc://HOST:PORT"
         )
+
+
+def _check_whole_sampling(settings: "TrainSettings") -> None:
+    """A cut sampler never draws what the loss's student, who has all tokens, may say: its estimates are biased."""
+    rollout = settings.rollout
+    for name, value, whole in (("top_p", rollout.top_p, 1.0), ("top_k", rollout.top_k, -1)):
+        if value != whole:
+            raise ValueError(
+                f"rollout.{name}={value} with objective.{settings.objective.estimates_from_samples} biases the "
+                f"estimate, which is over all that the student may say: set rollout.{name}={whole}, or "
+                "objective.kind=top_k with nothing that is learned from sampled tokens"
+            )
 
 
 def _check_encoding(settings: "TrainSettings") -> None:

@@ -198,6 +198,19 @@ class ObjectiveConfig(_Part):
         """Whether answers are verified and compared within groups."""
         return self.kind is ObjectiveKind.GRPO or self.outcome.weight > 0
 
+    @property
+    def estimates_from_samples(self) -> str:
+        """The setting that makes the gradient an expectation over the sampled tokens; empty where none does.
+
+        Such a gradient is right only where the loss's student is the very distribution that was sampled from.
+        """
+        reasons = {
+            f"kind={self.kind}": self.kind in (ObjectiveKind.SAMPLED_TOKEN, ObjectiveKind.GRPO),
+            "credit=to_go": self.credit is Credit.TO_GO,
+            f"outcome.weight={self.outcome.weight}": self.outcome.weight > 0,
+        }
+        return next((setting for setting, is_set in reasons.items() if is_set), "")
+
     @model_validator(mode="before")
     @classmethod
     def _choose_support(cls, values: Any) -> Any:
@@ -244,17 +257,11 @@ class ObjectiveConfig(_Part):
         if self.student_temperature is None:
             return
         found = f"objective.student_temperature={self.student_temperature}"
-        reason = {
-            f"kind={self.kind}": self.kind in (ObjectiveKind.SAMPLED_TOKEN, ObjectiveKind.GRPO),
-            "credit=to_go": self.credit is Credit.TO_GO,
-            f"outcome.weight={self.outcome.weight}": self.outcome.weight > 0,
-        }
-        for setting, is_set in reason.items():
-            if is_set:
-                raise ValueError(
-                    f"{found} with {setting} biases the estimate, whose tokens come at the sampling temperature: "
-                    "leave it unset"
-                )
+        if self.estimates_from_samples:
+            raise ValueError(
+                f"{found} with {self.estimates_from_samples} biases the estimate, whose tokens come at the sampling "
+                "temperature: leave it unset"
+            )
         if self.staleness_cap is not None:
             raise ValueError(
                 f"{found} with staleness_cap={self.staleness_cap} would compare probabilities at two temperatures: "

@@ -84,11 +84,25 @@ def test_fields_that_contradict_each_other_are_refused() -> None:
             ["objective.kind=grpo", "teachers.math.pool=math", "data.teacher_column=t"],
             r"objective\.kind=grpo has no teacher: remove \[teachers\]",
         ),
+        (
+            ["objective.kind=sampled_token", "rollout.top_p=0.9"],
+            r"^rollout\.top_p=0\.9 with objective\.kind=sampled_token biases the estimate, .*: set rollout\.top_p=1\.0",
+        ),
+        (["objective.kind=grpo", "rollout.top_k=20"], r"^rollout\.top_k=20 with objective\.kind=grpo .*top_k=-1, or"),
+        (
+            ["objective.outcome.weight=0.5", "rollout.top_k=20"],
+            r"^rollout\.top_k=20 with objective\.outcome\.weight=0\.5",
+        ),
+        (["objective.credit=to_go", "rollout.top_p=0.9"], r"^rollout\.top_p=0\.9 with objective\.credit=to_go biases"),
     ],
 )
 def test_what_an_objective_needs_of_the_rest_is_asked_for(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(*overrides)
+
+
+def test_a_divergence_on_a_support_may_be_trained_on_a_cut_sampler() -> None:
+    assert load("rollout.top_p=0.9", "rollout.top_k=20").rollout.top_k == 20
 
 
 def test_grpo_has_groups_of_eight_unless_told() -> None:
