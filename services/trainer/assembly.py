@@ -357,6 +357,7 @@ def _loop_settings(settings: TrainSettings, num_steps: int) -> LoopSettings:
         seed=settings.seed,
         max_micro_batch_tokens=settings.student.max_micro_batch_tokens,
         aggregation=settings.objective.aggregation,
+        has_entropy_bonus=settings.objective.entropy_bonus > 0,
         drops_unscored=settings.teacher.on_score_failure is OnScoreFailure.DROP,
     )
 
