@@ -33,6 +33,11 @@ def load_settings(cls: type[SettingsT], path: Path | None = None, overrides: Seq
     values = _read_toml(path) if path is not None else {}
     for override in overrides:
         _apply(values, override)
+    return check_settings(cls, values)
+
+
+def check_settings(cls: type[SettingsT], values: Mapping[str, Any]) -> SettingsT:
+    """Builds `cls`; `ConfigError` with one line for all that is wrong."""
     try:
         return cls.model_validate(values)
     except ValidationError as error:

@@ -104,7 +104,7 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
         _check_continuity(checkpoint, prompts, settings)
     engine = _engine(settings, loaded, score_top_k=settings.objective.score_top_k)
     _check_context(settings, engine.max_context)
-    held = held_teacher(settings, loaded, checkpoint)
+    held = held_teacher(settings, loaded, checkpoint) if settings.objective.uses_teacher else None
     if held is not None:
         links = {ONLY_TEACHER: TeacherLink(settings=settings.teacher, client=held)}
     # Teachers may be long in coming, so they are met last.

@@ -285,7 +285,9 @@ class TrainSettings(Settings):
         if not self.data.files:
             raise ValueError("data.files=[]: is empty; give the files that hold the prompts")
         is_full_vocabulary = self.objective.kind is ObjectiveKind.FULL_VOCABULARY
-        check_held_teacher(self.teacher, is_full_vocabulary=is_full_vocabulary, num_named=len(self.teachers))
+        check_held_teacher(
+            self.teacher, url=self.teacher.url, is_full_vocabulary=is_full_vocabulary, num_named=len(self.teachers)
+        )
         self._check_teachers()
         check_objective(self)
         if self.steps is not None and self.optim.warmup_steps > self.steps:

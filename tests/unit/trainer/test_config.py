@@ -84,6 +84,27 @@ def test_fields_that_contradict_each_other_are_refused() -> None:
             ["objective.kind=grpo", "teachers.math.pool=math", "data.teacher_column=t"],
             r"objective\.kind=grpo has no teacher: remove \[teachers\]",
         ),
+        (["objective.kind=grpo", "teacher.kind=self"], r"^teacher\.kind=self with objective\.kind=grpo, which has no"),
+        (
+            ["objective.kind=grpo", "teacher.kind=self", "teacher.ema_decay=0.9"],
+            r"^teacher\.kind=self with objective\.kind=grpo, which has no teacher: leave",
+        ),
+        (
+            ["objective.kind=grpo", "teacher.kind=folder", "teacher.model=x"],
+            r"^teacher\.kind=folder with objective\.kind=grpo, which has no teacher: leave",
+        ),
+        (
+            ["objective.kind=grpo", "data.teacher_context={answer}", "data.teacher_tokenizer=x"],
+            r"^data\.teacher_tokenizer, data\.teacher_context with objective\.kind=grpo, .*: remove it, or choose",
+        ),
+        (
+            ["objective.kind=grpo", 'alarms.stop=["gradient_spike", "overlap_collapse", "small_supports"]'],
+            r"^alarms\.stop=overlap_collapse, small_supports with objective\.kind=grpo: .*; take it out",
+        ),
+        (
+            ["objective.horizon.start=17", "rollout.max_response_tokens=16"],
+            r"^objective\.horizon\.start=17 is above rollout\.max_response_tokens=16, .*: lower it",
+        ),
         (
             ["objective.kind=sampled_token", "rollout.top_p=0.9"],
             r"^rollout\.top_p=0\.9 with objective\.kind=sampled_token biases the estimate, .*: set rollout\.top_p=1\.0",
@@ -103,6 +124,12 @@ def test_what_an_objective_needs_of_the_rest_is_asked_for(overrides: list[str], 
 
 def test_a_divergence_on_a_support_may_be_trained_on_a_cut_sampler() -> None:
     assert load("rollout.top_p=0.9", "rollout.top_k=20").rollout.top_k == 20
+
+
+def test_what_is_not_ignored_is_not_refused() -> None:
+    assert load("objective.kind=grpo", 'alarms.stop=["gradient_spike", "length_explosion"]').alarms.stop
+    assert load("objective.horizon.start=16", "rollout.max_response_tokens=16").objective.horizon
+    assert load("objective.tail=bucket", "teacher.kind=self").teacher.encoding == "float16"
 
 
 def test_grpo_has_groups_of_eight_unless_told() -> None:

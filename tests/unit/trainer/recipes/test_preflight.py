@@ -207,6 +207,10 @@ def test_teachers_are_folders_pools_and_urls(world: Path) -> None:
     [
         ({"probe_rollouts": 9}, "probe_rollouts=9 is above batch_rollouts=6"),
         ({"objective": {"kind": "full_vocabulary"}}, "objective.kind=full_vocabulary: a preflight asks for top-k"),
+        (
+            {"objective": {"horizon": {"start": 5000}}},
+            "objective.horizon.start=5000 is above rollout.max_resp",
+        ),
         ({"templates": ("chatty",)}, "template: unknown name 'chatty'"),
     ],
 )

@@ -236,6 +236,11 @@ def test_a_checkpoint_without_the_average_or_with_anothers_is_refused(world: Pat
         (["teacher.model=x"], "teacher.model=x with kind=pool: would be ignored"),
         (["teacher.kind=folder", "teacher.model=x", "teacher.ema_decay=0.9"], "teacher.ema_decay=0.9 with kind=folder"),
         (["teacher.kind=self", "objective.kind=full_vocabulary"], "hidden states come from a service"),
+        (["teacher.kind=self", "teacher.url=redis://h"], r"^teacher\.url with teacher\.kind=self: would be ignored"),
+        (
+            ["teacher.kind=folder", "teacher.model=x", "teacher.url=redis://h"],
+            r"^teacher\.url with teacher\.kind=folder",
+        ),
         (["teacher.kind=self", "teachers.a.pool=a", "data.teacher_column=who"], r"with \[teachers\]: several teachers"),
     ],
 )
