@@ -9,6 +9,9 @@ import pytest
 from opd.errors import ConfigError
 from opd.settings import Settings, load_settings
 from services.trainer.config import TrainSettings
+from services.trainer.recipes.cold_start.config import ColdStartSettings
+from services.trainer.recipes.data.config import DataRecipeSettings
+from services.trainer.recipes.preflight.settings import PreflightSettings
 from services.trainer.run import run_training
 
 ROOT = Path(__file__).parents[3]
@@ -38,6 +41,8 @@ def test_defaults_are_those_of_table_2() -> None:
     [
         ("optim.lrr=1", r"^optim\.lrr: no such key; did you mean lr\?$"),
         ("steps=many", r"^steps='many': input should be a valid integer"),
+        ("seed=-1", r"^seed=-1: input should be greater than or equal to 0$"),
+        ("seed=9223372036854775808", r"^seed=9223372036854775808: input should be less than"),
         ("steps=0", r"^steps=0: input should be greater than or equal to 1$"),
         ("optim.lr=0", r"^optim\.lr=0: input should be greater than 0$"),
         ("optim.lr=nan", r"^optim\.lr=nan: input should be a finite number"),
@@ -130,6 +135,12 @@ def test_what_is_not_ignored_is_not_refused() -> None:
     assert load("objective.kind=grpo", 'alarms.stop=["gradient_spike", "length_explosion"]').alarms.stop
     assert load("objective.horizon.start=16", "rollout.max_response_tokens=16").objective.horizon
     assert load("objective.tail=bucket", "teacher.kind=self").teacher.encoding == "float16"
+
+
+@pytest.mark.parametrize("settings", [PreflightSettings, ColdStartSettings, DataRecipeSettings])
+def test_no_recipe_takes_a_seed_below_zero(settings: type[Settings]) -> None:
+    with pytest.raises(ConfigError, match=r"(^|; )seed=-1: input should be greater than or equal to 0($|;)"):
+        load_settings(settings, None, ["seed=-1"])
 
 
 def test_grpo_has_groups_of_eight_unless_told() -> None:
