@@ -155,8 +155,8 @@ class ObjectiveConfig(_Part):
     beta: UnitInterval = 0.5
     """Of `jsd`: 0 is the forward and 1 the reverse KL."""
     support: Support = Support.STUDENT
-    """Which ids at each position, from the student's and the teacher's `score_top_k` most likely ones. With
-    `divergence=forward_kl` it is the teacher's unless said otherwise."""
+    """Which ids at each position, from the student's and the teacher's `score_top_k` most likely ones. With the
+    forward KL (`forward_kl`, or `jsd` with `beta=0`) it is the teacher's unless said otherwise."""
     weight: SupportWeight = SupportWeight.STUDENT
     """w(v) of the policy form."""
     renormalize: bool = True
@@ -214,12 +214,12 @@ class ObjectiveConfig(_Part):
     @model_validator(mode="before")
     @classmethod
     def _choose_support(cls, values: Any) -> Any:
-        """The forward KL wants to see what the teacher finds likely."""
+        """The forward KL, also as an end of `jsd`, wants to see what the teacher finds likely."""
         if not isinstance(values, dict) or "support" in values or values.get("kind", "top_k") != "top_k":
             return values
-        if values.get("divergence") != "forward_kl":
-            return values
-        return values | {"support": Support.TEACHER}
+        divergence = values.get("divergence")
+        is_forward = divergence == "forward_kl" or (divergence == "jsd" and values.get("beta") == 0)
+        return values | {"support": Support.TEACHER} if is_forward else values
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
