@@ -179,3 +179,7 @@ def test_grpo_runs_from_end_to_end_without_a_teacher_or_a_queue(
     assert all(step["outcome/reward"] == 0 and step["outcome/zero_variance_fraction"] == 1 for step in steps)
     assert all(step["optim/grad_norm"] > 0 and step["loss/outcome"] == 0 for step in steps)
     assert (tmp_path / "run/checkpoints/step-000002/model.safetensors").is_file()
+    # Nothing is sent to anybody, so nothing is said of it.
+    assert not [name for name in steps[0] if name.startswith("queue/")]
+    summary = json.loads((tmp_path / "run/train_summary.json").read_text(encoding="utf-8"))
+    assert summary["steps"] == 2 and not [name for name in summary if name.startswith("rollouts_")]
