@@ -11,9 +11,9 @@ import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from opd.errors import ConfigError
@@ -27,12 +27,20 @@ class Settings(BaseModel):
 
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""What every generator of random numbers takes: numpy's refuse what is negative."""
+
 
 def load_settings(cls: type[SettingsT], path: Path | None = None, overrides: Sequence[str] = ()) -> SettingsT:
     """Builds `cls` from a TOML file and overrides such as `objective.score_top_k=8`."""
     values = _read_toml(path) if path is not None else {}
     for override in overrides:
         _apply(values, override)
+    return check_settings(cls, values)
+
+
+def check_settings(cls: type[SettingsT], values: Mapping[str, Any]) -> SettingsT:
+    """Builds `cls`; `ConfigError` with one line for all that is wrong."""
     try:
         return cls.model_validate(values)
     except ValidationError as error:

@@ -42,7 +42,7 @@ Overrides = Annotated[
 
 @app.command()
 def demo(
-    seed: Annotated[int, typer.Option(help="Seed of prompts, rollouts and evaluation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of prompts, rollouts and evaluation.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; default: as configured.")] = None,
     run_dir: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/demo"),
     redis_url: Annotated[

@@ -23,7 +23,7 @@ def preflight(
         int | None, typer.Option(help="Train so many steps with each teacher: only this tells of new knowledge.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the report; default runs/preflight.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of prompts, samples and intervals.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Of prompts, samples and intervals.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting, e.g. objective.score_top_k=8.")
     ] = None,

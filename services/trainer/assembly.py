@@ -105,13 +105,13 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
         _check_continuity(checkpoint, prompts, settings)
     engine = _engine(settings, loaded, score_top_k=settings.objective.score_top_k)
     _check_context(settings, engine.max_context)
-    held = held_teacher(settings, loaded, checkpoint)
+    held = held_teacher(settings, loaded, checkpoint) if settings.objective.uses_teacher else None
     if held is not None:
         links = {ONLY_TEACHER: TeacherLink(settings=settings.teacher, client=held)}
     # Teachers may be long in coming, so they are met last.
     evaluate = _evaluator(settings, loaded, log)
     status.enter("waiting")
-    teachers, teacher_head = _meet_teachers(settings, links, loaded, console)
+    teachers, teacher_head = _meet_teachers(settings, links, loaded, prompts, console)
     return _Parts(
         settings=settings,
         resume=resume,
@@ -266,12 +266,18 @@ def _serve_status(settings: TrainSettings, status: RunStatus, opened: ExitStack)
 
 
 def _meet_teachers(
-    settings: TrainSettings, links: dict[str, TeacherLink], loaded: LoadedModel, console: RunConsole
+    settings: TrainSettings,
+    links: dict[str, TeacherLink],
+    loaded: LoadedModel,
+    prompts: PreparedPrompts,
+    console: RunConsole,
 ) -> tuple[Scorer, TeacherHead | None]:
     """Whoever is to score, willing to, and the output head where the objective needs one."""
     if not settings.objective.uses_teacher:
         return NoTeachers(), None
-    teachers = build_router(settings, links, vocabulary=loaded.vocabulary, student_name=loaded.name)
+    teachers = build_router(
+        settings, links, vocabulary=loaded.vocabulary, student_name=loaded.name, longest=prompts.longest
+    )
     teachers.shake_hands(wait_s=settings.teacher.wait_s, on_wait=console.say)
     if settings.objective.kind is not ObjectiveKind.FULL_VOCABULARY:
         return teachers, None
@@ -363,6 +369,7 @@ def _loop_settings(settings: TrainSettings, num_steps: int) -> LoopSettings:
         seed=settings.seed,
         max_micro_batch_tokens=settings.student.max_micro_batch_tokens,
         aggregation=settings.objective.aggregation,
+        has_entropy_bonus=settings.objective.entropy_bonus > 0,
         drops_unscored=settings.teacher.on_score_failure is OnScoreFailure.DROP,
     )
 

@@ -30,6 +30,8 @@ class ScoredRollout:
     """Leading response positions the teacher's signal trains; None means all."""
     advantage: float | None = None
     """Of its reward within the group; None where answers are not verified."""
+    has_entropy_bonus: bool = False
+    """Whether the student's entropy is part of the loss, which it is at every position."""
 
     @property
     def num_tokens(self) -> int:
@@ -48,8 +50,10 @@ class ScoredRollout:
 
     @property
     def num_trained_tokens(self) -> int:
-        """Response positions that train at all: where answers are verified, those beyond the horizon do too."""
-        return self.num_supervised_tokens if self.advantage is None else self.num_response_tokens
+        """Response positions that train by any term: with an outcome or an entropy bonus also those beyond the
+        horizon."""
+        trains_beyond = self.advantage is not None or self.has_entropy_bonus
+        return self.num_response_tokens if trains_beyond else self.num_supervised_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

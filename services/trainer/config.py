@@ -11,7 +11,7 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from opd.settings import Settings
+from opd.settings import Seed, Settings
 from opd.types import Encoding
 from services.trainer.alarms.config import AlarmSettings
 from services.trainer.loggers.config import LoggerSettings
@@ -271,7 +271,7 @@ class TrainSettings(Settings):
     http: HttpSettings = Field(default_factory=HttpSettings)
     run_dir: Path = Path("runs/train")
     """Everything the run writes."""
-    seed: int = 0
+    seed: Seed = 0
     """Of prompts, rollouts and evaluation."""
     steps: PositiveInt | None = None
     """Optimizer steps; unset means `data.num_epochs` over the prompts."""
@@ -285,7 +285,9 @@ class TrainSettings(Settings):
         if not self.data.files:
             raise ValueError("data.files=[]: is empty; give the files that hold the prompts")
         is_full_vocabulary = self.objective.kind is ObjectiveKind.FULL_VOCABULARY
-        check_held_teacher(self.teacher, is_full_vocabulary=is_full_vocabulary, num_named=len(self.teachers))
+        check_held_teacher(
+            self.teacher, url=self.teacher.url, is_full_vocabulary=is_full_vocabulary, num_named=len(self.teachers)
+        )
         self._check_teachers()
         check_objective(self)
         if self.steps is not None and self.optim.warmup_steps > self.steps:

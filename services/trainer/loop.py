@@ -93,6 +93,8 @@ class LoopSettings:
     seed: int
     max_micro_batch_tokens: int
     aggregation: Aggregation = Aggregation.TOKEN_MEAN
+    has_entropy_bonus: bool = False
+    """Whether positions beyond the horizon train by it."""
     drops_unscored: bool = False
     """Whether a rollout that cannot be scored is left out instead of ending the run."""
 
@@ -284,6 +286,7 @@ class TrainingLoop:
                         scores=scores,
                         supervised_tokens=self._horizon.length if self._horizon else None,
                         advantage=advantages.get(rollout.rollout_id),
+                        has_entropy_bonus=self._settings.has_entropy_bonus,
                     )
                 )
                 self.counts += Counts(scored=1)

@@ -1,7 +1,7 @@
 """From the `data` section of a configuration to the prompts of every step."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ class PreparedPrompts:
     schedule: PromptSchedule
     digest: str
     """Hash over every prompt's ids and teacher in order: the schedule's position means nothing for other prompts."""
+    longest: Mapping[str, TokenizedPrompt]
+    """By teacher, of the prompts that are trained on the one that is longest as the teacher sees it."""
 
 
 def prepare_prompts(settings: TrainSettings, tokenizer: Any) -> PreparedPrompts:
@@ -55,7 +57,19 @@ def prepare_prompts(settings: TrainSettings, tokenizer: Any) -> PreparedPrompts:
         num_epochs=data.num_epochs,
         source_weights=data.source_weights,
     )
-    return PreparedPrompts(schedule=schedule, digest=_digest(prompts))
+    return PreparedPrompts(schedule=schedule, digest=_digest(prompts), longest=_longest(prompts, data))
+
+
+def _longest(prompts: Sequence[TokenizedPrompt], data: DataSettings) -> dict[str, TokenizedPrompt]:
+    weights, longest = data.source_weights, dict[str, TokenizedPrompt]()
+    for prompt in prompts:
+        # A source with weight 0 is left out of the schedule.
+        if weights is not None and not weights[prompt.problem.source]:
+            continue
+        known = longest.setdefault(prompt.teacher, prompt)
+        if prompt.teacher_prompt_token_ids.size > known.teacher_prompt_token_ids.size:
+            longest[prompt.teacher] = prompt
+    return longest
 
 
 def views(data: DataSettings, tokenizer: Any) -> tuple[PromptView, PromptView | None]:

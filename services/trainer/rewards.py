@@ -10,6 +10,7 @@ from typing import Protocol
 from opd.errors import ConfigError, InternalError
 from opd.types import Rollout
 from services.trainer.evaluation.grading import grade
+from services.trainer.prompts import TokenizedPrompt
 
 
 class AnsweredPrompt(Protocol):
@@ -33,12 +34,12 @@ class AnswerReward:
         return float(grade(prompt.template, self._decode(rollout.response_token_ids.tolist()), prompt.answer))
 
 
-def require_answers(prompts: Sequence[AnsweredPrompt]) -> None:
+def require_answers(prompts: Sequence[TokenizedPrompt]) -> None:
     """Raises `ConfigError` for the first prompt whose responses cannot be verified."""
-    for index, prompt in enumerate(prompts):
+    for prompt in prompts:
         missing = "answer" if prompt.answer is None else "" if prompt.template else "known template"
         if missing:
             raise ConfigError(
-                f"data.files: prompt {index} has no {missing}, so it cannot be verified as the objective's outcome "
-                "wants; correct the row or set data.template"
+                f"data.files: {prompt.problem.name} has no {missing}, so it cannot be verified as the objective's "
+                "outcome wants; correct the row or set data.template"
             )

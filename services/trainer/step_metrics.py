@@ -54,7 +54,7 @@ class StepMetrics:
             )
         diagnostics.add_means(record.losses)
         summary = diagnostics.summary()
-        values = summary.values | _step_values(record) | _teacher_counts(record)
+        values = summary.values | _step_values(record) | _sent_counts(record) | _teacher_counts(record)
         if self._probe is not None:
             values |= self._probe(record)
         values["timing/metrics"] = time.perf_counter() - begun
@@ -75,19 +75,25 @@ class StepMetrics:
 
 
 def _step_values(record: StepRecord) -> dict[str, float]:
-    """Optimizer, counts, times and speed."""
+    """Optimizer, tokens, times and speed."""
     timings = {f"timing/{name}": seconds for name, seconds in record.timings_s.items()}
     num_tokens = sum(item.num_response_tokens for item in record.scored)
     return timings | {
         "optim/grad_norm": record.grad_norm,
         "optim/lr": record.lr,
-        "queue/rollouts_sent": float(record.counts.sent),
-        "queue/rollouts_scored": float(record.counts.scored),
-        "queue/rollouts_lost": float(record.counts.lost),
         "rollout/response_tokens": float(num_tokens),
         "timing/tokens_per_second": num_tokens / record.timings_s["step"],
         "timing/rollout_tokens_per_second": num_tokens / record.timings_s["rollout"],
     }
+
+
+def _sent_counts(record: StepRecord) -> dict[str, float]:
+    """What became of the rollouts that were sent; nothing is where there is no teacher to send them to."""
+    if not record.fingerprints:
+        return {}
+    counts = record.counts
+    named = (("sent", counts.sent), ("scored", counts.scored), ("lost", counts.lost))
+    return {f"queue/rollouts_{name}": float(count) for name, count in named}
 
 
 def _teacher_counts(record: StepRecord) -> dict[str, float]:

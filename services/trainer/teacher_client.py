@@ -69,6 +69,10 @@ class ScoreWants:
     timeout_ms: int = 300_000
     max_context: int = 0
     """Longest prompt plus response the run can produce."""
+    longest_prompt: str = ""
+    """Which prompt is longest as the teacher sees it, which may be longer than the student's."""
+    longest_context: int = 0
+    """Its tokens plus those of the longest response."""
 
 
 class TeacherClient:
@@ -235,6 +239,12 @@ class TeacherClient:
             # 0 means that the teacher states no limit.
             if limit and wanted > limit:
                 raise UnsupportedError(f"{name}={wanted}: teacher {info.teacher} takes at most {limit}; lower it")
+        if info.max_context and self._wants.longest_context > info.max_context:
+            raise UnsupportedError(
+                f"{self._wants.longest_prompt}: as the teacher sees it and with rollout.max_response_tokens it is "
+                f"{self._wants.longest_context} tokens, teacher {info.teacher} takes at most {info.max_context}; "
+                "shorten data.teacher_context or rollout.max_response_tokens"
+            )
 
     def _asked(self, info: TeacherInfo) -> frozenset[Capability]:
         """What every request asks of this teacher."""

@@ -3,6 +3,7 @@
 Names that lead to the same place share its connection, so that a hundred names of one pool cost no hundred heartbeats.
 """
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from opd.types import Capability
 from opd.vocabulary import Vocabulary
 from services.trainer.config import TeacherSettings, TrainSettings
 from services.trainer.objectives.dispatch import build_objective
+from services.trainer.prompts import TokenizedPrompt
 from services.trainer.recipes.self_distillation.settings import TeacherKind
 from services.trainer.teacher_client import ScoreClient, ScoreWants, TeacherClient
 from services.trainer.teachers import TeacherRouter
@@ -65,20 +67,33 @@ def _connect(url: str, teacher: TeacherSettings, opened: ExitStack) -> SyncScore
 
 
 def build_router(
-    settings: TrainSettings, links: dict[str, TeacherLink], *, vocabulary: Vocabulary, student_name: str
+    settings: TrainSettings,
+    links: dict[str, TeacherLink],
+    *,
+    vocabulary: Vocabulary,
+    student_name: str,
+    longest: Mapping[str, TokenizedPrompt] | None = None,
 ) -> TeacherRouter:
-    """The router over all links; nobody has been met yet."""
+    """The router over all links; nobody has been met yet.
+
+    `longest` has each teacher's longest prompt; without it teachers are taken to see what the student sees.
+    """
+    longest = longest or {}
     return TeacherRouter(
         {
             name: TeacherClient(
-                link.client, _wants(settings, link.settings), vocabulary=vocabulary, student_name=student_name
+                link.client,
+                _wants(settings, link.settings, longest.get(name)),
+                vocabulary=vocabulary,
+                student_name=student_name,
             )
             for name, link in links.items()
         }
     )
 
 
-def _wants(settings: TrainSettings, teacher: TeacherSettings) -> ScoreWants:
+def _wants(settings: TrainSettings, teacher: TeacherSettings, longest: TokenizedPrompt | None) -> ScoreWants:
+    max_response_tokens = settings.rollout.max_response_tokens
     return ScoreWants(
         tenant=teacher.tenant,
         teacher=teacher.pool,
@@ -88,7 +103,9 @@ def _wants(settings: TrainSettings, teacher: TeacherSettings) -> ScoreWants:
         encoding=teacher.encoding,
         batch_invariant=settings.deterministic,
         timeout_ms=round(teacher.timeout_s * 1000),
-        max_context=settings.rollout.max_prompt_tokens + settings.rollout.max_response_tokens,
+        max_context=settings.rollout.max_prompt_tokens + max_response_tokens,
+        longest_prompt="" if longest is None else longest.problem.name,
+        longest_context=0 if longest is None else longest.teacher_prompt_token_ids.size + max_response_tokens,
     )
 
 

@@ -8,7 +8,7 @@ loses nothing but the step under way.
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -165,17 +165,23 @@ class TrainingRun:
     def summary(self, state: str) -> dict[str, Any]:
         """The run in one object; counts and metrics cover the steps before a resume too, seconds this process alone."""
         records = self._log.steps()
-        counts = self._loop.counts
         summary: dict[str, Any] = {"state": state, "steps": self._loop.step, "seed": self._settings.seed}
-        for name in ("sent", "scored", "lost"):
-            summary[f"rollouts_{name}"] = round(sum(record.get(f"queue/rollouts_{name}", 0) for record in records))
-        # Only a step that was not completed leaves rollouts that are neither scored nor lost.
-        summary["rollouts_abandoned"] = counts.sent - counts.scored - counts.lost
+        if self._settings.objective.uses_teacher:
+            summary |= self._sent(records)
         for name, metric in (("reverse_kl", "loss/reverse_kl"), ("overlap", "distill/overlap_ratio")):
             summary[f"{name}_first"], summary[f"{name}_last"] = first_and_last(records, metric)
         summary["evaluations"] = self._evaluations
         summary["wall_seconds"] = time.monotonic() - self._begun
         return summary
+
+    def _sent(self, records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+        counts = self._loop.counts
+        sent = {
+            f"rollouts_{name}": round(sum(record.get(f"queue/rollouts_{name}", 0) for record in records))
+            for name in ("sent", "scored", "lost")
+        }
+        # Only a step that was not completed leaves rollouts that are neither scored nor lost.
+        return sent | {"rollouts_abandoned": counts.sent - counts.scored - counts.lost}
 
 
 def close_within(close: Callable[[], None], name: str, *, limit_s: float = _CLOSE_S) -> None:

@@ -6,6 +6,7 @@ every operation: a neighbour that takes a core for a moment stops them all (docs
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from threading import Barrier
 from typing import TypeVar
 
 import torch
@@ -42,10 +43,25 @@ class PassWorkers:
         if self._executor is None or self._num_workers != num_workers:
             self.close()
             self._num_workers = num_workers
-            self._executor = ThreadPoolExecutor(
-                num_workers, thread_name_prefix="pass", initializer=torch.set_num_threads, initargs=(1,)
-            )
+            self._executor = _executor(num_workers)
         return self._executor
+
+
+def _executor(num_workers: int) -> ThreadPoolExecutor:
+    """All its threads, started. torch's number belongs to a thread, but is the default of those that come later."""
+    num_threads = torch.get_num_threads()
+    executor = ThreadPoolExecutor(num_workers, thread_name_prefix="pass", initializer=_use_one_thread)
+    all_started = Barrier(num_workers)
+    wait([executor.submit(all_started.wait) for _ in range(num_workers)])
+    # Whatever computes in a thread that starts later is not to be left with one.
+    torch.set_num_threads(num_threads)
+    return executor
+
+
+def _use_one_thread() -> None:
+    # Asking first has the thread take the default now; its first operation would take the restored one otherwise.
+    torch.get_num_threads()
+    torch.set_num_threads(1)
 
 
 def _inferred(run: Callable[[], T]) -> T:

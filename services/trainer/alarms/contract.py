@@ -31,6 +31,14 @@ class AlarmName(StrEnum):
     """The teacher spreads evenly over its vocabulary."""
 
 
+OF_A_TEACHER = frozenset(AlarmName) - {
+    AlarmName.ENTROPY_COLLAPSE,
+    AlarmName.GRADIENT_SPIKE,
+    AlarmName.LENGTH_EXPLOSION,
+}
+"""Never raised in a run without a teacher, which has none of the metrics they look at."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
     """What a rule saw. Example: `Finding(evidence="gradient norm 4.1 at step 30, ...", numbers={"norm": 4.1, ...})`."""

@@ -155,8 +155,8 @@ class ObjectiveConfig(_Part):
     beta: UnitInterval = 0.5
     """Of `jsd`: 0 is the forward and 1 the reverse KL."""
     support: Support = Support.STUDENT
-    """Which ids at each position, from the student's and the teacher's `score_top_k` most likely ones. With
-    `divergence=forward_kl` it is the teacher's unless said otherwise."""
+    """Which ids at each position, from the student's and the teacher's `score_top_k` most likely ones. With the
+    forward KL (`forward_kl`, or `jsd` with `beta=0`) it is the teacher's unless said otherwise."""
     weight: SupportWeight = SupportWeight.STUDENT
     """w(v) of the policy form."""
     renormalize: bool = True
@@ -198,15 +198,28 @@ class ObjectiveConfig(_Part):
         """Whether answers are verified and compared within groups."""
         return self.kind is ObjectiveKind.GRPO or self.outcome.weight > 0
 
+    @property
+    def estimates_from_samples(self) -> str:
+        """The setting that makes the gradient an expectation over the sampled tokens; empty where none does.
+
+        Such a gradient is right only where the loss's student is the very distribution that was sampled from.
+        """
+        reasons = {
+            f"kind={self.kind}": self.kind in (ObjectiveKind.SAMPLED_TOKEN, ObjectiveKind.GRPO),
+            "credit=to_go": self.credit is Credit.TO_GO,
+            f"outcome.weight={self.outcome.weight}": self.outcome.weight > 0,
+        }
+        return next((setting for setting, is_set in reasons.items() if is_set), "")
+
     @model_validator(mode="before")
     @classmethod
     def _choose_support(cls, values: Any) -> Any:
-        """The forward KL wants to see what the teacher finds likely."""
+        """The forward KL, also as an end of `jsd`, wants to see what the teacher finds likely."""
         if not isinstance(values, dict) or "support" in values or values.get("kind", "top_k") != "top_k":
             return values
-        if values.get("divergence") != "forward_kl":
-            return values
-        return values | {"support": Support.TEACHER}
+        divergence = values.get("divergence")
+        is_forward = divergence == "forward_kl" or (divergence == "jsd" and values.get("beta") == 0)
+        return values | {"support": Support.TEACHER} if is_forward else values
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
@@ -244,17 +257,11 @@ class ObjectiveConfig(_Part):
         if self.student_temperature is None:
             return
         found = f"objective.student_temperature={self.student_temperature}"
-        reason = {
-            f"kind={self.kind}": self.kind in (ObjectiveKind.SAMPLED_TOKEN, ObjectiveKind.GRPO),
-            "credit=to_go": self.credit is Credit.TO_GO,
-            f"outcome.weight={self.outcome.weight}": self.outcome.weight > 0,
-        }
-        for setting, is_set in reason.items():
-            if is_set:
-                raise ValueError(
-                    f"{found} with {setting} biases the estimate, whose tokens come at the sampling temperature: "
-                    "leave it unset"
-                )
+        if self.estimates_from_samples:
+            raise ValueError(
+                f"{found} with {self.estimates_from_samples} biases the estimate, whose tokens come at the sampling "
+                "temperature: leave it unset"
+            )
         if self.staleness_cap is not None:
             raise ValueError(
                 f"{found} with staleness_cap={self.staleness_cap} would compare probabilities at two temperatures: "

@@ -27,7 +27,7 @@ def with_context(problem: PromptProblem, text: str) -> PromptProblem:
         if not value:
             way_out = "set data.teacher_context_column" if name == "context" else "remove the row"
             raise ConfigError(
-                f"prompt {problem.index} of {problem.source}: data.teacher_context wants its {name}, and it has none; "
+                f"{problem.name}: data.teacher_context wants its {name}, and it has none; "
                 f"{way_out}, or leave {match.group()} out"
             )
         return value

@@ -48,6 +48,11 @@ class PromptProblem:
     context: str = ""
     """What only the teacher may read of the row, such as a worked solution; empty where no column was named."""
 
+    @property
+    def name(self) -> str:
+        """What an error calls it."""
+        return f"prompt {self.index} of {self.source}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherColumn:

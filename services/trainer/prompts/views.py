@@ -57,7 +57,7 @@ class PromptView:
             )
         except Exception as error:  # A chat template is a program and may fail in any way.
             raise ConfigError(
-                f"prompt {problem.index} of {problem.source}: the chat template refuses it ({first_line(error)}); "
+                f"{problem.name}: the chat template refuses it ({first_line(error)}); "
                 "change the row or chat_template_kwargs"
             ) from error
         return np.asarray(token_ids, dtype=np.int32)
@@ -99,9 +99,10 @@ def tokenize_problems(
     kept: list[TokenizedPrompt] = []
     for problem in problems:
         token_ids = student.encode(problem)
-        name = f"prompt {problem.index} of {problem.source}"
         if token_ids.size == 0:
-            raise ConfigError(f"{name}: the chat template makes no tokens of it; remove the row or change the template")
+            raise ConfigError(
+                f"{problem.name}: the chat template makes no tokens of it; remove the row or change the template"
+            )
         if token_ids.size <= max_prompt_tokens:
             seen = token_ids if teacher is None else teacher.encode(problem)
             template = problem.template if student.template is None else student.template
@@ -112,8 +113,8 @@ def tokenize_problems(
             )
         elif overlong is Overlong.REFUSE:
             raise ConfigError(
-                f"{name}: {token_ids.size} tokens are above max_prompt_tokens={max_prompt_tokens}; raise it or set "
-                "overlong=filter"
+                f"{problem.name}: {token_ids.size} tokens are above max_prompt_tokens={max_prompt_tokens}; raise it or "
+                "set overlong=filter"
             )
     num_filtered = len(problems) - len(kept)
     if num_filtered:

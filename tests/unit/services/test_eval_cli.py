@@ -1,8 +1,10 @@
 """What the commands of evaluation make of their arguments."""
 
 import pytest
+from typer.testing import CliRunner
 
 from opd.errors import ConfigError
+from services.cli import app
 from services.eval_cli import chat_kwargs, whole_numbers
 
 
@@ -23,3 +25,9 @@ def test_depths_are_whole_numbers() -> None:
     for text in ("", "16,x", "1.5"):
         with pytest.raises(ConfigError, match=f"--depths {text}: is no list of whole numbers"):
             whole_numbers("--depths", text)
+
+
+@pytest.mark.parametrize("command", ["eval", "continuation", "auroc", "preflight", "demo"])
+def test_a_seed_below_zero_is_refused_before_anything_runs(command: str) -> None:
+    found = CliRunner().invoke(app, [command, "--seed", "-1"])
+    assert found.exit_code == 2 and "--seed" in found.output and "equal to 0" in found.output

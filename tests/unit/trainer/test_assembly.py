@@ -153,7 +153,7 @@ def test_a_checkpoint_of_other_prompts_or_another_seed(
 
 def test_an_objective_of_outcomes_wants_an_answer_to_every_prompt(world: tuple[Path, str], tmp_path: Path) -> None:
     for overrides in (["objective.kind=grpo"], ["objective.outcome.weight=0.5"]):
-        with pytest.raises(ConfigError, match=r"^data\.files: prompt 0 has no answer"):
+        with pytest.raises(ConfigError, match=r"^data\.files: prompt 0 of tiny has no answer"):
             refuse(world, tmp_path / "run", *overrides)
 
 
@@ -180,6 +180,10 @@ def test_grpo_runs_from_end_to_end_without_a_teacher_or_a_queue(
     assert all(step["outcome/reward"] == 0 and step["outcome/zero_variance_fraction"] == 1 for step in steps)
     assert all(step["optim/grad_norm"] > 0 and step["loss/outcome"] == 0 for step in steps)
     assert (tmp_path / "run/checkpoints/step-000002/model.safetensors").is_file()
+    # Nothing is sent to anybody, so nothing is said of it.
+    assert not [name for name in steps[0] if name.startswith("queue/")]
+    summary = json.loads((tmp_path / "run/train_summary.json").read_text(encoding="utf-8"))
+    assert summary["steps"] == 2 and not [name for name in summary if name.startswith("rollouts_")]
 
 
 def test_resuming_without_a_checkpoint_forgets_what_the_dead_attempt_left(

@@ -9,6 +9,9 @@ import pytest
 from opd.errors import ConfigError
 from opd.settings import Settings, load_settings
 from services.trainer.config import TrainSettings
+from services.trainer.recipes.cold_start.config import ColdStartSettings
+from services.trainer.recipes.data.config import DataRecipeSettings
+from services.trainer.recipes.preflight.settings import PreflightSettings
 from services.trainer.run import run_training
 
 ROOT = Path(__file__).parents[3]
@@ -38,6 +41,8 @@ def test_defaults_are_those_of_table_2() -> None:
     [
         ("optim.lrr=1", r"^optim\.lrr: no such key; did you mean lr\?$"),
         ("steps=many", r"^steps='many': input should be a valid integer"),
+        ("seed=-1", r"^seed=-1: input should be greater than or equal to 0$"),
+        ("seed=9223372036854775808", r"^seed=9223372036854775808: input should be less than"),
         ("steps=0", r"^steps=0: input should be greater than or equal to 1$"),
         ("optim.lr=0", r"^optim\.lr=0: input should be greater than 0$"),
         ("optim.lr=nan", r"^optim\.lr=nan: input should be a finite number"),
@@ -84,11 +89,58 @@ def test_fields_that_contradict_each_other_are_refused() -> None:
             ["objective.kind=grpo", "teachers.math.pool=math", "data.teacher_column=t"],
             r"objective\.kind=grpo has no teacher: remove \[teachers\]",
         ),
+        (["objective.kind=grpo", "teacher.kind=self"], r"^teacher\.kind=self with objective\.kind=grpo, which has no"),
+        (
+            ["objective.kind=grpo", "teacher.kind=self", "teacher.ema_decay=0.9"],
+            r"^teacher\.kind=self with objective\.kind=grpo, which has no teacher: leave",
+        ),
+        (
+            ["objective.kind=grpo", "teacher.kind=folder", "teacher.model=x"],
+            r"^teacher\.kind=folder with objective\.kind=grpo, which has no teacher: leave",
+        ),
+        (
+            ["objective.kind=grpo", "data.teacher_context={answer}", "data.teacher_tokenizer=x"],
+            r"^data\.teacher_tokenizer, data\.teacher_context with objective\.kind=grpo, .*: remove it, or choose",
+        ),
+        (
+            ["objective.kind=grpo", 'alarms.stop=["gradient_spike", "overlap_collapse", "small_supports"]'],
+            r"^alarms\.stop=overlap_collapse, small_supports with objective\.kind=grpo: .*; take it out",
+        ),
+        (
+            ["objective.horizon.start=17", "rollout.max_response_tokens=16"],
+            r"^objective\.horizon\.start=17 is above rollout\.max_response_tokens=16, .*: lower it",
+        ),
+        (
+            ["objective.kind=sampled_token", "rollout.top_p=0.9"],
+            r"^rollout\.top_p=0\.9 with objective\.kind=sampled_token biases the estimate, .*: set rollout\.top_p=1\.0",
+        ),
+        (["objective.kind=grpo", "rollout.top_k=20"], r"^rollout\.top_k=20 with objective\.kind=grpo .*top_k=-1, or"),
+        (
+            ["objective.outcome.weight=0.5", "rollout.top_k=20"],
+            r"^rollout\.top_k=20 with objective\.outcome\.weight=0\.5",
+        ),
+        (["objective.credit=to_go", "rollout.top_p=0.9"], r"^rollout\.top_p=0\.9 with objective\.credit=to_go biases"),
     ],
 )
 def test_what_an_objective_needs_of_the_rest_is_asked_for(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(*overrides)
+
+
+def test_a_divergence_on_a_support_may_be_trained_on_a_cut_sampler() -> None:
+    assert load("rollout.top_p=0.9", "rollout.top_k=20").rollout.top_k == 20
+
+
+def test_what_is_not_ignored_is_not_refused() -> None:
+    assert load("objective.kind=grpo", 'alarms.stop=["gradient_spike", "length_explosion"]').alarms.stop
+    assert load("objective.horizon.start=16", "rollout.max_response_tokens=16").objective.horizon
+    assert load("objective.tail=bucket", "teacher.kind=self").teacher.encoding == "float16"
+
+
+@pytest.mark.parametrize("settings", [PreflightSettings, ColdStartSettings, DataRecipeSettings])
+def test_no_recipe_takes_a_seed_below_zero(settings: type[Settings]) -> None:
+    with pytest.raises(ConfigError, match=r"(^|; )seed=-1: input should be greater than or equal to 0($|;)"):
+        load_settings(settings, None, ["seed=-1"])
 
 
 def test_grpo_has_groups_of_eight_unless_told() -> None:

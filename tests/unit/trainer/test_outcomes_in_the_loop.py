@@ -18,7 +18,7 @@ from services.trainer.loop import StepPrompt, StepRecord
 from services.trainer.objectives.config import HorizonConfig, ObjectiveConfig, SupportWeight
 from services.trainer.objectives.outcome import group_advantages
 from services.trainer.step_metrics import StepMetrics
-from tests.unit.trainer.tiny_training import EOS, Setup
+from tests.unit.trainer.tiny_training import EOS, Setup, tiny_model
 
 GRPO = ObjectiveConfig(kind="grpo", score_top_k=6)
 
@@ -149,3 +149,27 @@ def test_beyond_the_horizon_the_outcome_trains_and_the_teacher_does_not() -> Non
         setup.loop()._accumulate_gradient(items)
         gradients.append(torch.cat([p.grad.flatten() for p in setup.student_model.parameters()]).clone())
     assert (gradients[0] - gradients[1]).norm() > 1e-3 and gradients[1].norm() > 1e-3
+
+
+def test_an_entropy_bonus_trains_beyond_the_horizon_too() -> None:
+    """A teacher that is the student itself pulls nowhere, so that the gradient is that of the entropy alone."""
+    objective = ObjectiveConfig(score_top_k=6, horizon={"start": 3}, entropy_bonus=0.5)
+    setup = Setup(
+        objective=objective,
+        horizon=Horizon(HorizonConfig(start=3), longest=12),
+        num_steps=1,
+        teacher_model=tiny_model(1),
+    )
+    before = copy.deepcopy(setup.student_model).double()
+    record = setup.loop().run_step()
+    assert record.losses["loss/signal"].count == sum(min(3, item.num_response_tokens) for item in record.scored)
+    num_positions = sum(item.num_response_tokens for item in record.scored)
+    assert record.losses["loss/objective"].count == record.losses["loss/entropy_bonus"].count == num_positions
+    total = torch.zeros((), dtype=torch.float64)
+    for item in record.scored:
+        ids = np.concatenate([item.rollout.prompt_token_ids, item.rollout.response_token_ids]).astype(np.int64)
+        logits = before(input_ids=torch.from_numpy(ids)[None]).logits[0, item.rollout.prompt_token_ids.size - 1 : -1]
+        total = total + (logits.softmax(-1) * logits.log_softmax(-1)).sum()
+    (0.5 * total / num_positions).backward()
+    expected = torch.stack([parameter.grad.norm() for parameter in before.parameters()]).norm()
+    assert record.grad_norm == pytest.approx(float(expected), rel=1e-3)

@@ -76,6 +76,26 @@ def test_only_the_teachers_ids_change(tmp_path: Path) -> None:
         assert (one.answer, one.template) == (other.answer, other.template)
 
 
+@pytest.mark.parametrize(("weight", "size", "name"), [(1, 5, "prompt 1 of long"), (0, 4, "prompt 0 of short")])
+def test_the_longest_prompt_is_the_teachers_and_of_those_that_train(
+    tmp_path: Path, weight: int, size: int, name: str
+) -> None:
+    rows = [
+        {"prompt": "w2", "reward_model": {"ground_truth": text}, "data_source": source, "by": teacher}
+        for text, source, teacher in (("w3 w4", "short", "one"), ("w3 w4 w5", "long", "one"), ("w3", "short", "two"))
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    overrides = [
+        *("student.model=x", f'data.files=["{tmp_path / "rows.jsonl"}"]', "data.teacher_column=by", "teachers.one={}"),
+        *("teachers.two={}", "data.teacher_context=' {answer}'", "data.source_weights.short=1"),
+        f"data.source_weights.long={weight}",
+    ]
+    longest = prepare_prompts(load_settings(TrainSettings, None, overrides), tiny_tokenizer()).longest
+    assert longest.keys() == {"one", "two"}
+    assert (longest["one"].teacher_prompt_token_ids.size, longest["one"].problem.name) == (size, name)
+    assert longest["two"].teacher_prompt_token_ids.size == 3
+
+
 def test_a_row_without_the_column_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"rows\.jsonl: row 0: column hint is missing; give the text"):
         prompts_of(tmp_path, "data.teacher_context_column=hint")

@@ -89,6 +89,11 @@ def test_another_template_or_eos_is_a_warning(caplog: pytest.LogCaptureFixture) 
             r"^rollout\.max_prompt_tokens \+ max_response_tokens=101: teacher pool takes at most 100",
         ),
         (
+            {"max_context": 100},
+            {"max_context": 90, "longest_prompt": "prompt 3 of sums", "longest_context": 101},
+            r"^prompt 3 of sums: .* it is 101 tokens, teacher pool takes at most 100; shorten data\.teacher_context",
+        ),
+        (
             {"capabilities": frozenset(Capability) - {Capability.CANDIDATE_LOGPROBS}},
             {},
             r"^teacher pool \(exact\) cannot supply candidate_logprobs;",

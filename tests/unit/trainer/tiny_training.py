@@ -212,6 +212,7 @@ class Setup:
             seed=0,
             max_micro_batch_tokens=self.max_micro_batch_tokens,
             aggregation=self.objective.aggregation,
+            has_entropy_bonus=self.objective.entropy_bonus > 0,
             drops_unscored=self.drops_unscored,
         )
         return TrainingLoop(

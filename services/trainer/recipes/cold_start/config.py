@@ -5,7 +5,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from opd.settings import Settings
+from opd.settings import Seed, Settings
 from services.trainer.config import Fraction, LogSettings, PositiveFloat, PositiveInt, SamplingTopK
 from services.trainer.recipes.sft.config import SftSettings
 
@@ -86,7 +86,7 @@ class ColdStartSettings(Settings):
     log: LogSettings = Field(default_factory=LogSettings)
     run_dir: Path = Path("runs/cold-start")
     """Everything that is written; the same command again goes on where it stopped."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the choice of prompts, the rollouts and the order of examples."""
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from opd.settings import Settings
+from opd.settings import Seed, Settings
 from services.trainer.config import PositiveInt
 
 Similarity = Annotated[float, Field(gt=0, le=1)]
@@ -114,7 +114,7 @@ class DataRecipeSettings(Settings):
     length: LengthSettings = Field(default_factory=LengthSettings)
     mix: MixSettings = Field(default_factory=MixSettings)
     card: CardSettings = Field(default_factory=CardSettings)
-    seed: int = 0
+    seed: Seed = 0
     """Of mixing."""
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from opd.settings import Settings
+from opd.settings import Seed, Settings
 from services.trainer.config import Fraction, Name, PositiveFloat, PositiveInt
 from services.trainer.objectives.config import ObjectiveConfig
 
@@ -102,7 +102,7 @@ class PreflightSettings(Settings):
     """Responses decoded at the same time."""
     max_micro_batch_tokens: PositiveInt = 32768
     """Padded tokens of one forward and backward pass."""
-    seed: int = 0
+    seed: Seed = 0
     """Of prompts, samples and intervals."""
     output_dir: Path = Path("runs/preflight")
     """Everything that is written; the same command goes on with what is there."""

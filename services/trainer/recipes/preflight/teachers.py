@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opd.errors import ConfigError, UnsupportedError, VocabularyMismatchError
+from opd.settings import check_settings
 from opd.types import Encoding, TeacherInfo
 from opd.vocabulary import check_same_vocabulary
 from services.trainer.config import ONLY_TEACHER, TeacherSettings, TrainSettings
@@ -77,7 +78,8 @@ def _settings_of(given: str, settings: PreflightSettings) -> TeacherSettings:
 
 def train_settings(settings: PreflightSettings, teacher: TeacherSettings) -> TrainSettings:
     """The training run that the preflight stands before, with one of the teachers."""
-    return TrainSettings.model_validate(
+    return check_settings(
+        TrainSettings,
         {
             "student": {
                 "model": settings.student,
@@ -98,7 +100,7 @@ def train_settings(settings: PreflightSettings, teacher: TeacherSettings) -> Tra
             "optim": {"lr": settings.pilot.lr, "warmup_steps": settings.pilot.warmup_steps},
             "http": {"enabled": False},
             "seed": settings.seed,
-        }
+        },
     )
 
 

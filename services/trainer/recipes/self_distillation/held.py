@@ -23,26 +23,31 @@ def held_teacher(settings: TrainSettings, student: LoadedModel, checkpoint: Chec
     on, begins with the same teacher. Raises `ConfigError` as `load_model`, `CheckpointError` for an average that is not
     there or of another model.
     """
-    teacher = settings.teacher
+    teacher, row_chunk = settings.teacher, settings.student.row_chunk
     match teacher.kind:
         case TeacherKind.POOL:
             return None
         case TeacherKind.FOLDER:
             loaded = load_model(teacher.model, device=settings.student.device)
-            return LocalTeacher(loaded, pool=teacher.pool, row_chunk=settings.student.row_chunk)
+            return LocalTeacher(loaded, pool=teacher.pool, row_chunk=row_chunk)
         case TeacherKind.SELF:
             initial = load_model(settings.student.model, device=settings.student.device)
-            return _self_teacher(teacher, initial, student, checkpoint)
+            return _self_teacher(teacher, initial, student, checkpoint, row_chunk=row_chunk)
 
 
 def _self_teacher(
-    teacher: TeacherSettings, initial: LoadedModel, student: LoadedModel, checkpoint: Checkpoint | None
+    teacher: TeacherSettings,
+    initial: LoadedModel,
+    student: LoadedModel,
+    checkpoint: Checkpoint | None,
+    *,
+    row_chunk: int,
 ) -> LocalTeacher:
     initial.model.requires_grad_(False)
     own = replace(initial, name=f"{initial.name} (itself)")
     if teacher.ema_decay is None:
-        return LocalTeacher(own, pool=teacher.pool)
-    average = MovingAverageTeacher(own, student.model, pool=teacher.pool, decay=teacher.ema_decay)
+        return LocalTeacher(own, pool=teacher.pool, row_chunk=row_chunk)
+    average = MovingAverageTeacher(own, student.model, pool=teacher.pool, decay=teacher.ema_decay, row_chunk=row_chunk)
     if checkpoint is not None:
         average.load_state_tensors(checkpoint.extra_tensors(TEACHER_STATE), checkpoint.state.step)
     return average

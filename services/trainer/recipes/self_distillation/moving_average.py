@@ -20,9 +20,11 @@ from services.trainer.weights import WeightPublisher
 class MovingAverageTeacher(LocalTeacher):
     """`loaded.model` holds the average and is changed in place; its fingerprint counts the steps it has followed."""
 
-    def __init__(self, loaded: LoadedModel, student: nn.Module, *, pool: str, decay: float, step: int = 0) -> None:
+    def __init__(
+        self, loaded: LoadedModel, student: nn.Module, *, pool: str, decay: float, step: int = 0, row_chunk: int = 256
+    ) -> None:
         """`step`: how many optimizer steps the average in `loaded` has seen."""
-        super().__init__(loaded, pool=pool)
+        super().__init__(loaded, pool=pool, row_chunk=row_chunk)
         self._student = student
         self._decay = decay
         self._step = step

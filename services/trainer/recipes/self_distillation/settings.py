@@ -45,10 +45,15 @@ class HeldTeacherSettings(Settings):
         return self
 
 
-def check_held_teacher(teacher: HeldTeacherSettings, *, is_full_vocabulary: bool, num_named: int) -> None:
-    """`ValueError` for a run that a teacher held here cannot serve."""
+def check_held_teacher(teacher: HeldTeacherSettings, *, url: str, is_full_vocabulary: bool, num_named: int) -> None:
+    """`ValueError` for a run that a teacher held here cannot serve; `url` is where a pool would be."""
     if teacher.kind is TeacherKind.POOL:
         return
+    if url:
+        raise ValueError(
+            f"teacher.url with teacher.kind={teacher.kind}: would be ignored, the trainer holds the teacher itself; "
+            "leave it out or set teacher.kind=pool"
+        )
     if is_full_vocabulary:
         raise ValueError(
             f"teacher.kind={teacher.kind} with objective.kind=full_vocabulary: hidden states come from a service over "

@@ -31,6 +31,23 @@ def test_passes_run_at_the_same_time_with_one_thread_each_and_without_gradients(
     assert torch.get_num_threads() == 2, "the caller keeps its own number"
 
 
+def test_threads_that_come_later_and_have_nothing_to_do_with_it_keep_the_default(workers: PassWorkers) -> None:
+    def computed() -> int:
+        torch.rand(64, 64) @ torch.rand(64, 64)
+        torch.arange(100_000).sum()
+        return torch.get_num_threads()
+
+    for num_workers in (2, 3):
+        assert workers.run([computed] * 6, num_workers) == [1] * 6
+        found: list[int] = []
+        later = threading.Thread(target=lambda found=found: found.append(computed()))
+        later.start()
+        later.join()
+        assert found == [2]
+    assert workers.run([computed] * 6, 3) == [1] * 6
+    assert computed() == 2
+
+
 def test_results_keep_their_order_whatever_is_done_first(workers: PassWorkers) -> None:
     done = threading.Event()
 

@@ -133,6 +133,11 @@ def test_the_forward_kl_looks_where_the_teacher_does_unless_told() -> None:
     assert ObjectiveConfig(divergence="forward_kl").support is Support.TEACHER
     assert ObjectiveConfig(divergence="forward_kl", support="student").support is Support.STUDENT
     assert ObjectiveConfig(divergence="jsd").support is Support.STUDENT
+    assert ObjectiveConfig(divergence="jsd", beta=0).support is Support.TEACHER
+    assert ObjectiveConfig(divergence="jsd", beta=0.0, support="union").support is Support.UNION
+    assert ObjectiveConfig(divergence="jsd", beta=0.5).support is ObjectiveConfig(divergence="jsd").support
+    assert ObjectiveConfig(divergence="jsd").support is Support.STUDENT
+    assert ObjectiveConfig(kind="full_vocabulary", divergence="jsd", beta=0).divergence_beta == 0.0
     assert ObjectiveConfig(kind="full_vocabulary", divergence="forward_kl").divergence_beta == 0.0
 
 

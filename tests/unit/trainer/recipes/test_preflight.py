@@ -307,6 +307,10 @@ def test_teachers_are_folders_pools_and_urls(world: Path) -> None:
         ({"objective": {"kind": "full_vocabulary"}}, "objective.kind=full_vocabulary: needs more than"),
         ({"objective": {"kind": "grpo"}}, "objective.kind=grpo: has no teacher to judge; choose top_k"),
         ({"objective": {"outcome": {"weight": 0.5}}}, "objective.outcome.weight=0.5: .* leave it at 0"),
+        (
+            {"objective": {"horizon": {"start": 5000}}},
+            "objective.horizon.start=5000 is above rollout.max_resp",
+        ),
         ({"templates": ("chatty",)}, "template: unknown name 'chatty'"),
     ],
 )

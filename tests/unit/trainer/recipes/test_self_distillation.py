@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from opd.errors import CheckpointError, ConfigError, InvalidRequestError, NonFiniteError, UnsupportedError
+from opd.ops import score_rows
 from opd.settings import load_settings
 from opd.types import ScoreRequest
 from services.trainer.assembly import assemble
 from services.trainer.config import TrainSettings
 from services.trainer.models import load_model
+from services.trainer.recipes.self_distillation.held import held_teacher
 from services.trainer.recipes.self_distillation.moving_average import FollowedWeights, MovingAverageTeacher
 from services.trainer.recipes.self_distillation.teacher import LocalTeacher
 from services.trainer.run_log import read_steps
@@ -113,6 +115,26 @@ def test_rows_that_are_not_scored_are_nan(world: Path) -> None:
     np.testing.assert_array_equal(part.candidate_logprobs[rows], whole.candidate_logprobs[rows])
     assert np.isnan(part.candidate_logprobs[~rows]).all()
     assert part.topk_token_ids is not None and (part.topk_token_ids[~rows] == -1).all()
+
+
+@pytest.mark.parametrize("kind", [["self"], ["self", "teacher.ema_decay=0.9"], ["folder", "teacher.model=other"]])
+def test_every_kind_keeps_to_the_students_row_chunk(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: list[str]
+) -> None:
+    """Of the whole vocabulary no more logits exist at a time: the head is applied to that many rows."""
+    monkeypatch.chdir(world)
+    settings = settings_of(world, tmp_path / "run", "student.row_chunk=3", *[f"teacher.kind={kind[0]}", *kind[1:]])
+    teacher = held_teacher(settings, load_model(str(world / "student"), device="cpu"), None)
+    assert teacher is not None
+    rows: list[int] = []
+
+    def counted(*args: Any, row_chunk: int, **rest: Any) -> Any:
+        rows.append(row_chunk)
+        return score_rows(*args, row_chunk=row_chunk, **rest)
+
+    monkeypatch.setattr("services.trainer.recipes.self_distillation.teacher.score_rows", counted)
+    assert teacher.submit(request(teacher=settings.teacher.pool)).result(0).scores.entropy is not None
+    assert rows == [3]
 
 
 @pytest.mark.parametrize(
@@ -239,6 +261,11 @@ def test_a_checkpoint_without_the_average_or_with_anothers_is_refused(world: Pat
         (["teacher.model=x"], "teacher.model=x with kind=pool: would be ignored"),
         (["teacher.kind=folder", "teacher.model=x", "teacher.ema_decay=0.9"], "teacher.ema_decay=0.9 with kind=folder"),
         (["teacher.kind=self", "objective.kind=full_vocabulary"], "hidden states come from a service"),
+        (["teacher.kind=self", "teacher.url=redis://h"], r"^teacher\.url with teacher\.kind=self: would be ignored"),
+        (
+            ["teacher.kind=folder", "teacher.model=x", "teacher.url=redis://h"],
+            r"^teacher\.url with teacher\.kind=folder",
+        ),
         (["teacher.kind=self", "teachers.a.pool=a", "data.teacher_column=who"], r"with \[teachers\]: several teachers"),
     ],
 )
@@ -254,6 +281,14 @@ def refused(world: Path, tmp_path: Path) -> Callable[..., None]:
             assemble(settings_of(world, tmp_path / "run", *overrides), StopSignal(), resume=False)
 
     return refuse
+
+
+def test_a_context_too_long_for_the_teacher_is_refused_at_the_start(world: Path, tmp_path: Path) -> None:
+    context = f"data.teacher_context='{' w3' * 116} {{answer}}'"
+    with pytest.raises(
+        UnsupportedError, match=r"^prompt 0 of prompts: .* it is 130 tokens, teacher teacher takes at most 128; shorten"
+    ):
+        assemble(settings_of(world, tmp_path / "run", "teacher.kind=self", context), StopSignal(), resume=False)
 
 
 def test_a_context_that_a_row_cannot_fill_names_the_row(refused: Callable[..., None]) -> None:
