@@ -19,6 +19,7 @@ from experiments.arms import Arm, Command, Evaluation, Model, name_of
 from experiments.keys import BASE, fingerprint, settings_of
 from experiments.store import MADE, Store
 from opd.errors import ConfigError, InternalError
+from opd.files import whole_file
 from opd.queue.embedded import EmbeddedRedis
 from services.trainer.run_log import read_steps
 from testbed.processes import Child, Processes
@@ -74,9 +75,9 @@ class Bench:
             for child, place in [entry for entry in running if entry[0].process.poll() is not None]:
                 running.remove((child, place))
                 _check_end(child)
-                result = json.loads(_partial(place).read_text(encoding="utf-8"))["results"][0]
+                result = json.loads(_printed(place).read_text(encoding="utf-8"))["results"][0]
                 _write(place, result)
-                _partial(place).unlink()
+                _printed(place).unlink()
 
     def make(self, command: Command, tell: Tell) -> None:
         """Runs a command of `opd` into a folder of its own; the folder counts once the command has ended well."""
@@ -136,7 +137,7 @@ class Bench:
             "max-response-tokens": evaluation.max_response_tokens,
             "device": "cpu",
             "cache": self.store.folder / "samples",
-            "output": _partial(place),
+            "output": _printed(place),
         } | ({"template": evaluation.template} if evaluation.template else {})
         arguments = [f"--{name}={value}" for name, value in options.items()]
         folder = self.store.model_folder(model, seed)
@@ -196,11 +197,11 @@ def _check_end(child: Child) -> None:
         raise InternalError(f"{child.name} ended with code {code}: {child.last_line()} (its log is {child.log_path})")
 
 
-def _partial(place: Path) -> Path:
-    return place.with_name(f".{place.name}.partial")
+def _printed(place: Path) -> Path:
+    """Where `opd eval` leaves all that it found, of which one result is kept."""
+    return place.with_name(f".{place.name}.printed")
 
 
 def _write(path: Path, content: object) -> None:
-    partial = path.with_name(f".{path.name}.writing")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -17,6 +17,7 @@ from PIL import Image
 
 from experiments.findings import ArmFindings, Findings, Run
 from experiments.panels import Accuracies, ByLevel, ByPosition, Curve, Custom, Panel
+from opd.files import whole_file
 from services.trainer.report.layout import COLORS, LINE_STYLES, MARKERS
 
 _PANEL_INCHES = (5.2, 3.1)
@@ -50,10 +51,8 @@ def _save(figure: Figure, path: Path) -> None:
     drawn = BytesIO()
     figure.savefig(drawn, format="png", metadata={"Software": None})
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    with Image.open(drawn) as image:
+    with whole_file(path) as partial, Image.open(drawn) as image:
         image.convert("RGB").quantize(_NUM_COLORS).save(partial, format="png", optimize=True)
-    partial.replace(path)
 
 
 def legend_of(label: str, arm: ArmFindings) -> str:

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from services.trainer.diagnostics.outcomes import auroc
 from services.trainer.evaluation.estimates import (
-    CONFIDENCE,
     NUM_RESAMPLES,
     Estimate,
     gap_recovery,
     shares_of_gaps,
+    tails,
 )
 
 Values = NDArray[np.float64]
@@ -24,7 +24,6 @@ Values = NDArray[np.float64]
 # Student's t at 97.5 % for 1 to 9 degrees of freedom; beyond that the last one, which is on the safe side.
 _T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 _NUM_AUROC_RESAMPLES = 500
-_TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
 
 
 def of_accuracies(combine: Callable[..., Values | float], *tables_SP: Values, seed: int = 0) -> Estimate:
@@ -45,7 +44,7 @@ def of_accuracies(combine: Callable[..., Values | float], *tables_SP: Values, se
     combined_R = np.asarray(combine(*resampled))
     low, high = (
         np.quantile(np.where(np.isnan(combined_R), extreme, combined_R), tail, method="inverted_cdf")
-        for tail, extreme in zip(_TAILS, (-np.inf, np.inf), strict=True)
+        for tail, extreme in zip(tails(), (-np.inf, np.inf), strict=True)
     )
     value = combine(*(float(table.mean()) for table in tables_SP))
     return Estimate(value=float(value), low=float(low), high=float(high))
@@ -103,7 +102,7 @@ def of_aurocs(
     generator = np.random.default_rng(0)
     draws = (generator.integers(len(members), size=len(members)) for _ in range(_NUM_AUROC_RESAMPLES))
     found = [difference(np.concatenate([members[index] for index in draw])) for draw in draws]
-    low, high = np.quantile([one for one in found if one is not None], _TAILS)
+    low, high = np.quantile([one for one in found if one is not None], tails())
     return Estimate(value=value, low=float(low), high=float(high))
 
 

@@ -13,6 +13,7 @@ from experiments.experiment import FOLDER, Experiment
 from experiments.findings import Findings, findings_of
 from experiments.keys import command_key, run_key
 from experiments.store import Store, evaluation_keys_of
+from opd.files import whole_file
 
 RESULTS = FOLDER / "results"
 MAX_FIGURE_BYTES = 500_000
@@ -37,11 +38,9 @@ def write_results(experiment: Experiment, store: Store, results: Path = RESULTS)
     content["claims"] = [claim.as_json() for claim in claims]
     # One line a key: numbers by the thousand would make a line each otherwise.
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
-    path = results / f"{experiment.name}.json"
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
-    draw_figure(experiment, findings, results)
-    partial.replace(path)
+    with whole_file(results / f"{experiment.name}.json") as partial:
+        partial.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+        draw_figure(experiment, findings, results)
     return claims
 
 

@@ -142,3 +142,8 @@ def from_code(code: str, message: str, retry_after_s: float | None = None) -> Op
         if cls.code == code:
             return cls(message, retry_after_s=retry_after_s)
     return InternalError(f"{code}: {message}", retry_after_s=retry_after_s)
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, short enough for a message of ours; the error's name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

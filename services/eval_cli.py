@@ -2,11 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from opd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from services.trainer.evaluation.opening import Loading
+    from services.trainer.rollout.base import SamplingParams
 
 CACHE = Path("runs/samples")
 """Where every command of this file keeps what it sampled; the same command again goes on from there."""
@@ -57,11 +61,10 @@ def evaluate(
     from rich.console import Console
 
     from services.trainer.evaluation.command import evaluate_command
-    from services.trainer.rollout.base import SamplingParams
 
-    sampling = SamplingParams(temperature=temperature, top_p=top_p, max_response_tokens=max_response_tokens, seed=seed)
     evaluate_command(
-        models, data, sampling=sampling, num_samples=num_samples, template=template, split=split,
+        models, data, sampling=_sampling(temperature, top_p, max_response_tokens, seed),
+        num_samples=num_samples, template=template, split=split,
         chat_template_kwargs=chat_kwargs(chat), max_problems=max_problems, before=before, teacher=teacher,
         device=device, dtype=dtype, max_slots=max_slots, cache_folder=cache, output=output, console=Console(),
     )  # fmt: skip
@@ -94,17 +97,12 @@ def continuation(
     """Lets the teacher go on from the student's prefixes: is it still better there? (Section 6.1 of the paper.)"""
     from rich.console import Console
 
-    from services.trainer.evaluation.opening import Loading
     from services.trainer.evaluation.studies import StudySettings, continuation_command
-    from services.trainer.rollout.base import SamplingParams
 
     settings = StudySettings(
-        student=student, data=data, num_samples=num_samples, template=template, split=split,
-        sampling=SamplingParams(
-            temperature=temperature, top_p=top_p, max_response_tokens=max_response_tokens, seed=seed
-        ),
-        max_problems=max_problems, cache_folder=cache, output=output, figure=figure,
-        loading=Loading(device=device, dtype=dtype, max_slots=max_slots, chat_template_kwargs=chat_kwargs(chat)),
+        student=student, data=data, num_samples=num_samples, template=template, split=split, max_problems=max_problems,
+        sampling=_sampling(temperature, top_p, max_response_tokens, seed), cache_folder=cache, output=output,
+        figure=figure, loading=_loading(device, dtype, max_slots, chat),
     )  # fmt: skip
     continuation_command(
         settings, teacher, depths=whole_numbers("--depths", depths), num_continuations=num_continuations,
@@ -143,23 +141,30 @@ def auroc(
     from rich.console import Console
 
     from opd.credentials import load_credentials
-    from services.trainer.evaluation.opening import Loading
     from services.trainer.evaluation.studies import StudySettings, auroc_command
-    from services.trainer.rollout.base import SamplingParams
 
     settings = StudySettings(
-        student=student, data=data, num_samples=num_samples, template=template, split=split,
-        sampling=SamplingParams(
-            temperature=temperature, top_p=top_p, max_response_tokens=max_response_tokens, seed=seed
-        ),
-        max_problems=max_problems, cache_folder=cache, output=output, figure=figure,
-        loading=Loading(device=device, dtype=dtype, max_slots=max_slots, chat_template_kwargs=chat_kwargs(chat)),
+        student=student, data=data, num_samples=num_samples, template=template, split=split, max_problems=max_problems,
+        sampling=_sampling(temperature, top_p, max_response_tokens, seed), cache_folder=cache, output=output,
+        figure=figure, loading=_loading(device, dtype, max_slots, chat),
     )  # fmt: skip
     credentials = load_credentials(
         token_file=token_file, ca_file=ca_file, cert_file=cert_file, key_file=key_file, trust_network=trust_network
     )
     auroc_command(settings, teacher, tenant=tenant, credentials=credentials, console=Console())
     typer.echo(f"wrote {figure}")
+
+
+def _sampling(temperature: float, top_p: float, max_response_tokens: int, seed: int) -> "SamplingParams":
+    from services.trainer.rollout.base import SamplingParams
+
+    return SamplingParams(temperature=temperature, top_p=top_p, max_response_tokens=max_response_tokens, seed=seed)
+
+
+def _loading(device: str, dtype: str, max_slots: int, chat: list[str] | None) -> "Loading":
+    from services.trainer.evaluation.opening import Loading
+
+    return Loading(device=device, dtype=dtype, max_slots=max_slots, chat_template_kwargs=chat_kwargs(chat))
 
 
 def whole_numbers(name: str, text: str) -> list[int]:

@@ -16,6 +16,7 @@ from random import Random
 
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+from opd.files import whole_file
 from services.trainer.rollout.base import SamplingParams
 from testbed.batches import Batch, Example, Position, encode, epoch
 from testbed.datasets import Item
@@ -87,9 +88,8 @@ def _sampling(random: Random, max_tokens: int) -> SamplingParams:
 def write_kept(path: Path, kept: list[Kept]) -> None:
     lines = [json.dumps({"level": one.level, "prompt": one.prompt, "response": one.response}) for one in kept]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def read_kept(path: Path) -> list[Kept]:

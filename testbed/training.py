@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
+from opd.files import whole_file
 from testbed.batches import Batch, Position
 
 STATE_FILE = "state.json"
@@ -107,9 +108,8 @@ def save_checkpoint(folder: Path, model: Qwen3ForCausalLM, optimizer: torch.opti
     folder.mkdir(parents=True, exist_ok=True)
     tensors = folder / f"{progress.update}-{TENSOR_FILE}"
     save_file(_named(model, optimizer), tensors)
-    partial = folder / (STATE_FILE + ".part")
-    partial.write_text(json.dumps(asdict(progress)), encoding="utf-8")
-    partial.replace(folder / STATE_FILE)
+    with whole_file(folder / STATE_FILE) as partial:
+        partial.write_text(json.dumps(asdict(progress)), encoding="utf-8")
     for old in folder.glob(f"*-{TENSOR_FILE}"):
         if old != tensors:
             old.unlink()

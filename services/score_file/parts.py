@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from opd.errors import CheckpointError, ConfigError
+from opd.files import whole_file
 from services.score_file.settings import ScoreFileSettings
 from services.score_file.table import OutputRow, build_table, schema
 
@@ -123,9 +124,8 @@ class PartStore:
             )
 
     def _rename(self, path: Path, write: Any) -> None:
-        partial = path.with_name(f".{path.name}.partial")
-        write(partial)
-        partial.replace(path)
+        with whole_file(path) as partial:
+            write(partial)
 
     def _refused(self, error: OSError) -> CheckpointError:
         return CheckpointError(

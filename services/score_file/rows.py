@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from opd.errors import ConfigError
+from opd.errors import ConfigError, first_line
 from opd.types import PAD_ID, Ids, ScoreRequest, TeacherInfo
 from opd.wire.messages import content_key
 from services.score_file.settings import Overlong, ScoreFileSettings
@@ -50,7 +50,7 @@ def count_rows(path: Path) -> int:
     try:
         return int(pyarrow.parquet.read_metadata(path).num_rows)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f"{path}: is no readable parquet file ({_first_line(error)}); copy it again") from error
+        raise ConfigError(f"{path}: is no readable parquet file ({first_line(error)}); copy it again") from error
 
 
 def raw_rows(path: Path, columns: list[str]) -> Iterator[Mapping[str, Any]]:
@@ -82,7 +82,7 @@ def _parquet_rows(path: Path, columns: list[str]) -> Iterator[Mapping[str, Any]]
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=present):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f"{path}: is no readable parquet file ({_first_line(error)}); copy it again") from error
+        raise ConfigError(f"{path}: is no readable parquet file ({first_line(error)}); copy it again") from error
 
 
 class RowReader:
@@ -145,9 +145,7 @@ class RowReader:
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # A chat template is a program and may fail in any way.
-            raise ConfigError(
-                f"{where}: the chat template refuses it ({_first_line(error)}); change the row"
-            ) from error
+            raise ConfigError(f"{where}: the chat template refuses it ({first_line(error)}); change the row") from error
         return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
     def _response(self, index: int, value: Any) -> Ids:
@@ -181,7 +179,3 @@ class RowReader:
 
 def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**31 for item in value)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.errors import ConfigError
+from opd.errors import ConfigError, first_line
+from opd.model_config import identifying_settings
 from opd.vocabulary import Vocabulary, describe_vocabulary
 from services.trainer.hub import check_hub, looks_like_a_path
 
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 _INDEX_FILE = "model.safetensors.index.json"
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 # Of a configuration: what changes with the place and the tool that wrote it and not with what the model computes.
-_VOLATILE_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -87,7 +87,7 @@ def load_tokenizer(path_or_name: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path_or_name, trust_remote_code=False)
     except Exception as error:  # The library raises many kinds for a broken or missing file.
         raise ConfigError(
-            f"model {path_or_name}: no usable tokenizer ({_first_line(error)}); save one with the model by "
+            f"model {path_or_name}: no usable tokenizer ({first_line(error).rstrip('.')}); save one with the model by "
             "tokenizer.save_pretrained"
         ) from error
     if not getattr(tokenizer, "chat_template", None):
@@ -100,8 +100,7 @@ def load_tokenizer(path_or_name: str) -> PreTrainedTokenizerBase:
 
 def model_fingerprint(model: PreTrainedModel, vocabulary: Vocabulary, eos_token_ids: Sequence[int]) -> str:
     """Hash over id map, ids that end a response, configuration, and every weight's name, dtype, shape and bytes."""
-    config = {name: value for name, value in model.config.to_dict().items() if name not in _VOLATILE_KEYS}
-    of = [vocabulary.id_map_hash, sorted(eos_token_ids), config]
+    of = [vocabulary.id_map_hash, sorted(eos_token_ids), identifying_settings(model.config.to_dict())]
     digest = hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
@@ -156,7 +155,7 @@ def _check_shard(shard: Path) -> None:
     except FileNotFoundError as error:
         raise ConfigError(f"model {shard.parent}: {shard.name} is missing; copy the folder again") from error
     except (SafetensorError, OSError) as error:
-        reason = _first_line(error)
+        reason = first_line(error).rstrip(".")
         raise ConfigError(f"model {shard.parent}: {shard.name} is broken ({reason}); copy the folder again") from error
 
 
@@ -167,8 +166,8 @@ def _load_weights(path_or_name: str, dtype: torch.dtype) -> PreTrainedModel:
         )
     except Exception as error:  # The library raises many kinds, from a missing hub entry to an unknown architecture.
         raise ConfigError(
-            f"model {path_or_name}: cannot be loaded ({_first_line(error)}); give a causal language model as a Hugging "
-            "Face folder or hub name"
+            f"model {path_or_name}: cannot be loaded ({first_line(error).rstrip('.')}); give a causal language model "
+            "as a Hugging Face folder or hub name"
         ) from error
     # Random values in place of missing weights would train and evaluate without a word.
     if report["missing_keys"]:
@@ -204,7 +203,3 @@ def _eos_token_ids(model: Any, tokenizer: Any, path_or_name: str) -> tuple[int, 
             "could end; set eos_token_id in generation_config.json"
         )
     return tuple(sorted(int(token_id) for token_id in ids))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]

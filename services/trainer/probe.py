@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opd.errors import CheckpointError, OpdError
+from opd.files import whole_file
 from services.trainer.batch import ScoredRollout
 from services.trainer.diagnostics.coherence import gradient_coherence
 from services.trainer.loop import StepRecord
@@ -131,10 +132,9 @@ def write_probe(path: Path, probe: Sequence[ScoredRollout], objective: str) -> N
     buffer = io.BytesIO()
     # Names have a dot or are no option of the function's own.
     np.savez(buffer, **cast(Any, arrays | {_OBJECTIVE: np.asarray(objective)}))
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_bytes(buffer.getvalue())
-        partial.replace(path)
+        with whole_file(path) as partial:
+            partial.write_bytes(buffer.getvalue())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror}); free space there") from error
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.errors import CheckpointError
+from opd.files import whole_file
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
@@ -88,10 +89,9 @@ class RunLog:
 
     def _write_atomically(self, name: str, text: str) -> None:
         path = self.run_dir / name
-        partial = path.with_name(f".{path.name}.partial")
         try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
+            with whole_file(path) as partial:
+                partial.write_text(text, encoding="utf-8")
         except OSError as error:
             raise _refused(path, error) from error
 

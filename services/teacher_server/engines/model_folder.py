@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from opd.errors import ConfigError
+from opd.model_config import identifying_settings
 
 _log = logging.getLogger(__name__)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "consolidated*.pth")
 # Keys of config.json that change with the tool that wrote it and not with what the model computes.
-_VOLATILE_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 _CHUNK_BYTES = 1 << 22
 
 
@@ -83,8 +83,7 @@ def hash_weights(files: Sequence[Path], cache_folder: Path | None = None) -> str
 def hash_configuration(folder: Path) -> str:
     """Hex digest of config.json without what the writing tool put there for itself."""
     values: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kept = {name: value for name, value in values.items() if name not in _VOLATILE_KEYS}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(identifying_settings(values), sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint(*parts: str) -> str:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
 from transformers.utils import logging as transformers_logging
 
-from opd.errors import ConfigError
+from opd.errors import ConfigError, first_line
 from opd.ops import OutputHead
 from opd.vocabulary import Vocabulary, describe_vocabulary
 from services.teacher_server.engines.cache_layers import PromptsLayer, SharedLayer
@@ -232,7 +232,7 @@ def _load_weights(folder: Path, dtype: torch.dtype) -> Any:
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except _LOAD_FAULTS as error:
-        raise ConfigError(f"model={folder}: cannot be loaded ({_first_line(error)})") from None
+        raise ConfigError(f"model={folder}: cannot be loaded ({first_line(error)})") from None
     missing = sorted(report["missing_keys"])
     if missing:
         # The library would fill them with random numbers and go on.
@@ -245,7 +245,7 @@ def load_vocabulary(folder: Path) -> tuple[Vocabulary, int | None]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except _LOAD_FAULTS as error:
-        raise ConfigError(f"model={folder}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+        raise ConfigError(f"model={folder}: its tokenizer cannot be loaded ({first_line(error)})") from None
     return describe_vocabulary(tokenizer), tokenizer.eos_token_id
 
 
@@ -284,8 +284,3 @@ def _context(folder: Path, config: Any, max_context: int) -> int:
     if not limits:
         raise ConfigError(f"model={folder}: does not say how long its context is; set max_context")
     return min(limits)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from opd.errors import ConfigError
+from opd.errors import ConfigError, first_line
 from services.trainer.diagnostics import StepSummary
 from services.trainer.loggers.config import WandbMode, WandbSettings
 from services.trainer.loggers.contract import flat
@@ -39,7 +39,7 @@ class WandbLogger:
             )
         except (wandb.errors.Error, OSError) as error:
             way_out = "" if settings.mode is WandbMode.OFFLINE else "; run `wandb login`, or set mode=offline"
-            raise ConfigError(f"loggers.wandb.mode={settings.mode}: {_first_line(error)}{way_out}") from error
+            raise ConfigError(f"loggers.wandb.mode={settings.mode}: {first_line(error)}{way_out}") from error
         # Steps are told as a metric of their own: wandb's counter only rises, a resumed run's steps may go back.
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
@@ -62,7 +62,3 @@ def _run_id(run_dir: Path) -> str:
     if not path.is_file():
         path.write_text(secrets.token_hex(8), encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

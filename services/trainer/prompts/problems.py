@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from opd.errors import ConfigError
+from opd.errors import ConfigError, first_line
 from services.trainer.hub import check_hub, looks_like_a_path
 from services.trainer.templates import get_template, recognize
 
@@ -231,7 +231,3 @@ def _answer(row: Mapping[str, Any], index: int, data: str) -> str | None:
         )
     answer = reward_model.get("ground_truth")
     return None if answer is None or str(answer) == "" else str(answer)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from opd.errors import ConfigError
+from opd.errors import ConfigError, first_line
 from opd.types import Ids
 from services.trainer.prompts.context import with_context
-from services.trainer.prompts.problems import PromptProblem, first_line, retemplate
+from services.trainer.prompts.problems import PromptProblem, retemplate
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from opd import errors
-from opd.errors import OpdError, from_code
+from opd.errors import OpdError, first_line, from_code
 
 CLASSES = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, OpdError)]
 CONCRETE = [cls for cls in CLASSES if cls is not OpdError]
@@ -29,3 +29,11 @@ def test_each_has_a_standard_parent_and_can_be_copied(cls: type[OpdError]) -> No
     )
     twin = copy.copy(cls("m", retry_after_s=2.0))
     assert type(twin) is cls and (twin.message, twin.retry_after_s) == ("m", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("\n broken header\nat byte 3", "broken header"), ("", "ValueError"), ("x" * 300, "x" * 200)],
+)
+def test_what_a_library_says_becomes_one_short_line(text: str, expected: str) -> None:
+    assert first_line(ValueError(text)) == expected

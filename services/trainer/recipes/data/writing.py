@@ -1,11 +1,13 @@
 """Rows to a parquet or JSON-lines file: the same rows give the same bytes, and a file with its final name is whole."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from opd.errors import ConfigError
+from opd.files import whole_file
 
 Row = Mapping[str, Any]
 
@@ -14,16 +16,11 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """By the suffix of `path`; `ConfigError` when it cannot be written, or its form cannot hold a column."""
     if path.suffix != ".parquet":
         check_json(rows, str(path), "write .parquet")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _writable(path) as partial:
         if path.suffix == ".parquet":
             _write_parquet(partial, rows)
         else:
             partial.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); give a file that can be written") from error
 
 
 def check_json(rows: Sequence[Row], where: str, way_out: str) -> None:
@@ -39,11 +36,16 @@ def check_json(rows: Sequence[Row], where: str, way_out: str) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Likewise."""
-    partial = path.with_name(f".{path.name}.partial")
+    with _writable(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with whole_file(path) as partial:
+            yield partial
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror}); give a file that can be written") from error
 

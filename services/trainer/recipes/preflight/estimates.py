@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from services.trainer.evaluation.estimates import CONFIDENCE, NUM_RESAMPLES, Estimate
+from services.trainer.evaluation.estimates import CONFIDENCE, NUM_RESAMPLES, Estimate, tails
 
 Values = NDArray[np.float64]
 _MIN_SLOPE_STEPS = 4
@@ -60,5 +60,5 @@ def _resampled_sums(values_P: Values, seed: int) -> Values:
 
 
 def _estimate(value: float, resampled: Values) -> Estimate:
-    low, high = np.quantile(resampled, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    low, high = np.quantile(resampled, tails())
     return Estimate(value=value, low=float(low), high=float(high))
