@@ -24,6 +24,15 @@ class Piece:
     seed: int | None = None
     """Of a training run; a piece of an arm without one is its grading."""
 
+    @property
+    def title(self) -> str:
+        """For people: `training student-base after grpo, seed 0`."""
+        if isinstance(self.maker, Command):
+            return f"opd {self.maker.name}"
+        if self.seed is None:
+            return f"evaluating {name_of(self.maker)}"
+        return f"training {name_of(self.maker)}, seed {self.seed}"
+
 
 def pieces(makers: Sequence[Arm | Command], store: Store) -> list[Piece]:
     """What is missing of the makers, in the order it can be done; each once."""

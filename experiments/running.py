@@ -55,6 +55,9 @@ class Session:
         for piece in todo:
             if time.monotonic() > self.deadline:
                 raise OutOfTime
+            if not self.console.is_terminal:
+                # Where no bar can be drawn, a line for each piece says where the hours go.
+                self.console.print(f"{experiment.name}: {piece.title}, about {piece.minutes:.1f} min", soft_wrap=True)
             self._do(piece, partial(self._tell, task, done, piece.minutes))
             done += piece.minutes
         self.progress.update(task, completed=done, doing="done")

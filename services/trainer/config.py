@@ -289,6 +289,7 @@ class TrainSettings(Settings):
             self.teacher, url=self.teacher.url, is_full_vocabulary=is_full_vocabulary, num_named=len(self.teachers)
         )
         self._check_teachers()
+        self._check_context()
         check_objective(self)
         if self.steps is not None and self.optim.warmup_steps > self.steps:
             raise ValueError(
@@ -309,6 +310,14 @@ class TrainSettings(Settings):
             name: self.teacher.model_copy(update={"pool": name} | named.model_dump(exclude_none=True))
             for name, named in self.teachers.items()
         }
+
+    def _check_context(self) -> None:
+        column, text = self.data.teacher_context_column, self.data.teacher_context
+        if column is not None and "{context}" not in (text or ""):
+            raise ValueError(
+                f"data.teacher_context_column={column}: data.teacher_context has no {{context}} for it to fill; put it "
+                "there, or leave the column out"
+            )
 
     def _check_teachers(self) -> None:
         if self.teachers and self.objective.kind is ObjectiveKind.FULL_VOCABULARY:

@@ -173,7 +173,7 @@ class TrainingLoop:
             after_step(self.run_step())
 
     def run_step(self) -> StepRecord:
-        """One step. An error leaves the weights of the last completed step, and says which step it was."""
+        """One step. An error says which it was; the weights are then those of the last one, unless it `is_updating`."""
         clock = StepClock()
         try:
             with self._interruptible():
@@ -194,7 +194,10 @@ class TrainingLoop:
         except torch.OutOfMemoryError as error:
             raise _at_step(self.step + 1, _out_of_memory(error)) from error
         self.is_updating = True
-        lr = self._optimizer.step(self.step)
+        try:
+            lr = self._optimizer.step(self.step)
+        except torch.OutOfMemoryError as error:
+            raise _at_step(self.step + 1, _out_of_memory(error)) from error
         self.step += 1
         self.is_updating = False
         if self._horizon is not None:

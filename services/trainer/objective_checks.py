@@ -60,6 +60,8 @@ def _check_without_teacher(settings: "TrainSettings") -> None:
             f"teacher.kind={settings.teacher.kind} with {kind}, which has no teacher: leave teacher.kind out, or "
             "choose another objective"
         )
+    if settings.teacher.url:
+        raise ValueError(f"teacher.url with {kind}, which asks no teacher: leave it out, or choose another objective")
     views = {name: getattr(data, name) for name in _OF_THE_TEACHERS_VIEW}
     ignored = [f"data.{name}" for name, value in views.items() if value not in (None, "")]
     if ignored:

@@ -18,8 +18,7 @@ class TensorBoardLogger:
 
     def __init__(self, run_dir: Path, *, first_step: int) -> None:
         """`first_step` is the number of completed steps."""
-        purge = {"purge_step": first_step + 1} if first_step else {}
-        self._writer = SummaryWriter(logdir=str(run_dir / FOLDER), flush_secs=10, **purge)
+        self._writer = SummaryWriter(logdir=str(run_dir / FOLDER), flush_secs=10, purge_step=first_step + 1)
 
     def log_step(self, step: int, summary: StepSummary) -> None:
         self.log_values(step, flat(summary))

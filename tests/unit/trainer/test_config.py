@@ -89,6 +89,15 @@ def test_fields_that_contradict_each_other_are_refused() -> None:
             ["objective.kind=grpo", "teachers.math.pool=math", "data.teacher_column=t"],
             r"objective\.kind=grpo has no teacher: remove \[teachers\]",
         ),
+        (["objective.kind=grpo", "teacher.url=redis://h"], r"^teacher\.url with objective\.kind=grpo, which asks no"),
+        (
+            ["data.teacher_context_column=solution"],
+            r"^data\.teacher_context_column=solution: data\.teacher_context has no \{context\} for it to fill; put",
+        ),
+        (
+            ["data.teacher_context_column=solution", "data.teacher_context={answer}"],
+            r"^data\.teacher_context_column=solution: data\.teacher_context has no \{context\}",
+        ),
         (["objective.kind=grpo", "teacher.kind=self"], r"^teacher\.kind=self with objective\.kind=grpo, which has no"),
         (
             ["objective.kind=grpo", "teacher.kind=self", "teacher.ema_decay=0.9"],

@@ -254,6 +254,20 @@ def test_a_device_without_room_leaves_the_weights_and_names_the_settings() -> No
     assert (loop.step, loop.is_updating) == (0, False)
 
 
+def test_an_update_without_room_for_its_moments_says_so_and_that_the_weights_are_of_no_step() -> None:
+    """Adam's moments are first allocated in the first update, where memory is most likely to run out."""
+    setup = Setup(num_steps=2)
+    loop = setup.loop()
+
+    def crowded(step: int) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    loop._optimizer.step = crowded
+    with pytest.raises(ConfigError, match=r"^step 1: the device is out of memory \(CUDA .* 2\.00 GiB\.\); lower "):
+        loop.run_step()
+    assert (loop.step, loop.is_updating) == (0, True)
+
+
 def refuse_two(request: ScoreRequest, reply: ScoreReply) -> ScoreReply:
     if request.rollout_id.endswith((".2", ".5")):
         raise DeadLetterError("took its replica down 3 times")

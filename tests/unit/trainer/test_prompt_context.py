@@ -98,4 +98,4 @@ def test_the_longest_prompt_is_the_teachers_and_of_those_that_train(
 
 def test_a_row_without_the_column_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"rows\.jsonl: row 0: column hint is missing; give the text"):
-        prompts_of(tmp_path, "data.teacher_context_column=hint")
+        prompts_of(tmp_path, "data.teacher_context={context}", "data.teacher_context_column=hint")

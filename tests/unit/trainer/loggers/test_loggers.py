@@ -132,12 +132,14 @@ def test_tensorboard_files_hold_every_number_at_its_step(tmp_path: Path) -> None
 
 
 @installed("tensorboardX")
-def test_a_resumed_run_replaces_the_steps_it_takes_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first_step", [0, 4])
+def test_a_resumed_run_replaces_the_steps_it_takes_again(tmp_path: Path, first_step: int) -> None:
+    """A run that was stopped before its first checkpoint begins again at 0, with events of its first steps written."""
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-    write_two_steps(chosen("tensorboard=true"), tmp_path, first_step=4)
+    write_two_steps(chosen("tensorboard=true"), tmp_path, first_step=first_step)
     found = [Event.FromString(record) for record in events(tmp_path / "tensorboard")]
-    assert [e.step for e in found if e.session_log.status == SessionLog.START] == [5]
+    assert [e.step for e in found if e.session_log.status == SessionLog.START] == [first_step + 1]
 
 
 @installed("wandb")

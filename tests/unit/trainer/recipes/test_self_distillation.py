@@ -112,7 +112,8 @@ def test_rows_that_are_not_scored_are_nan(world: Path) -> None:
     part = teacher.submit(request(scored_rows=rows, wants_entropy=False)).result(0).scores
     assert part.entropy is None
     assert whole.candidate_logprobs is not None and part.candidate_logprobs is not None
-    np.testing.assert_array_equal(part.candidate_logprobs[rows], whole.candidate_logprobs[rows])
+    # Passes of other shapes may round otherwise: equal within the contract's bound, not to the bit.
+    np.testing.assert_allclose(part.candidate_logprobs[rows], whole.candidate_logprobs[rows], rtol=0, atol=1e-5)
     assert np.isnan(part.candidate_logprobs[~rows]).all()
     assert part.topk_token_ids is not None and (part.topk_token_ids[~rows] == -1).all()
 
@@ -296,6 +297,6 @@ def test_a_context_that_a_row_cannot_fill_names_the_row(refused: Callable[..., N
     refused(
         r"row 0: column hint is missing",
         "teacher.kind=self",
-        "data.teacher_context=x",
+        "data.teacher_context={context}",
         "data.teacher_context_column=hint",
     )
