@@ -132,10 +132,9 @@ def _draw_accuracies(ax: Axes, findings: Findings) -> None:
                 float(np.mean(by_problem)), index - 0.45, index + 0.45, color="black", linestyle=style, linewidth=1.2
             )
     ax.set_xticks(range(len(findings.arms)), list(findings.arms), rotation=20, ha="right", fontsize=8)
-    lines = [("student before", ":")]
+    handles = [Line2D([], [], color="black", linestyle=":", label="student before")]
     if any(arm.teacher_by_problem is not None for arm in findings.arms.values()):
-        lines.append(("teacher", "--"))
-    handles = [Line2D([], [], color="black", linestyle=style, label=label) for label, style in lines]
+        handles.append(Line2D([], [], color="black", linestyle="--", label="teacher"))
     ax.legend(handles=handles, fontsize=7, loc="lower right")
 
 
