@@ -29,7 +29,7 @@ from opd.queue.connection import QueueConnection
 from opd.queue.dead_letters import DeadLetter, list_dead, requeue_dead, show_dead
 from opd.queue.keys import check_pool
 from opd.queue.pools import promote_pool, resolve_pool
-from opd.queue.status import PoolStatus, read_status
+from opd.queue.status import OUTCOMES, PoolStatus, read_status
 from opd.settings import Settings, load_settings
 from opd.types import ScoreRequest
 from opd.wire.messages import decode_request
@@ -146,6 +146,9 @@ def render_metrics(states: dict[str, PoolStatus]) -> bytes:
     replicas = Gauge("opd_pool_replicas", "Live replicas.", ["teacher"], registry=registry)
     total_tokens = Gauge("opd_pool_total_backlog_tokens", "Of all tenants.", ["teacher"], registry=registry)
     memory = Gauge("opd_pool_redis_memory_bytes", "Memory that Redis uses.", ["teacher"], registry=registry)
+    memory_limit = Gauge(
+        "opd_pool_redis_max_memory_bytes", "Redis's maxmemory; 0 means none.", ["teacher"], registry=registry
+    )
     oldest = Gauge("opd_pool_total_oldest_age_seconds", "Of all tenants.", ["teacher"], registry=registry)
     tokens = Gauge(
         "opd_pool_scored_tokens", "Answered since the pool began; its rate is tokens/s.", ["teacher"], registry=registry
@@ -155,10 +158,12 @@ def render_metrics(states: dict[str, PoolStatus]) -> bytes:
         replicas.labels(teacher).set(len(state.replicas))
         total_tokens.labels(teacher).set(state.backlog_tokens)
         memory.labels(teacher).set(state.used_memory_bytes)
+        memory_limit.labels(teacher).set(state.max_memory_bytes)
         oldest.labels(teacher).set(state.oldest_age_s)
         tokens.labels(teacher).set(state.totals.get("completed_tokens", 0))
-        for what, count in state.totals.items():
-            entries.labels(teacher, what).set(count)
+        # From 0, so that a rate sees the first of a kind.
+        for what in OUTCOMES:
+            entries.labels(teacher, what).set(state.totals.get(what, 0))
     return generate_latest(registry)
 
 

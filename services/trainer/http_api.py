@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from opd.errors import ConfigError, InternalError
 
 _START_S = 10.0
+_OF_TEACHER = "/teacher/"
 READY_STATES = frozenset({"training", "evaluating"})
 
 
@@ -98,8 +99,20 @@ class _StatusCollector(Collector):
         for alarm in snapshot.alarms:
             alarms.add_metric([alarm["name"]], 1.0)
         yield alarms
+        by_teacher: dict[str, GaugeMetricFamily] = {}
         for name, value in sorted(snapshot.metrics.items()):
-            yield GaugeMetricFamily(f"opd_trainer_{re.sub(r'[^a-z0-9_]', '_', name.lower())}", name, value=value)
+            key, _, teacher = name.partition(_OF_TEACHER)
+            if not teacher:
+                yield GaugeMetricFamily(prometheus_name(key), key, value=value)
+                continue
+            family = GaugeMetricFamily(f"{prometheus_name(key)}_by_teacher", key, labels=["teacher"])
+            by_teacher.setdefault(key, family).add_metric([teacher], value)
+        yield from by_teacher.values()
+
+
+def prometheus_name(key: str) -> str:
+    """What `/metrics` calls a metric of `metrics.jsonl`."""
+    return f"opd_trainer_{re.sub(r'[^a-z0-9_]', '_', key.lower())}"
 
 
 def build_app(status: RunStatus) -> FastAPI:
