@@ -175,7 +175,7 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
     services = Services(folder)
     with EmbeddedRedis(folder / "redis", options=("maxmemory 512mb",)) as server:
         try:
-            settings = (f"redis_url={server.url}", "queue.announce_s=0.5", "hidden_states.enabled=true")
+            settings = (f"redis_url={server.url}", "queue.announce_s=0.5")
             teachers = {name: services.teacher(name, *settings) for name in TEACHERS}
             pool, port = services.pool(server.url, *TEACHERS)
             yield Installation(services, server.url, teachers, pool, port, write_prompts(folder / "prompts.jsonl"))

@@ -22,8 +22,9 @@ async def test_a_pool_that_nobody_ever_served(redis_url: str) -> None:
 async def test_requests_that_nobody_takes(redis_url: str) -> None:
     client = await QueueScoreClient.connect(redis_url, pool="qwen", tenant="math")
     asking = asyncio.create_task(client.score(rollout_id="r.0.0", num_tokens=3, timeout_ms=9000, body=b"b"))
-    while not (await findings_of(redis_url=redis_url, teachers=("qwen",)))["replicas of qwen"].verdict is Verdict.FAIL:
-        await asyncio.sleep(0.05)
+    await asyncio.sleep(0.3)
+    found = (await findings_of(redis_url=redis_url, teachers=("qwen",)))["replicas of qwen"]
+    assert found.verdict is Verdict.FAIL and found.message == "none lives and 1 requests wait"
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
     await client.close()

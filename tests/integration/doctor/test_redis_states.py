@@ -170,9 +170,7 @@ def test_each_right_that_a_tenant_lacks_is_named(
 
 def test_a_tenant_of_another_pool_is_refused_here(guarded: tuple[str, "Redis"], look: Look) -> None:
     url, redis = guarded
-    redis.execute_command(
-        "ACL", "SETUSER", "math", *tenant_rules("math", ["best"], [HASH], version=version_of(url))
-    )
+    redis.execute_command("ACL", "SETUSER", "math", *tenant_rules("math", ["best"], [HASH], version=version_of(url)))
     mine = Credentials(token=PASSWORD, user="math")
     found = look(redis_url=url, teachers=("best", "qwen"), tenant="math", credentials=mine)
     assert found["redis rights in best"].verdict is Verdict.OK
