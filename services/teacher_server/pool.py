@@ -33,6 +33,7 @@ from opd.queue.status import OUTCOMES, PoolStatus, read_status
 from opd.settings import Settings, load_settings
 from opd.types import ScoreRequest
 from opd.wire.messages import decode_request
+from services.http_docs import documented_app
 from services.teacher_server.queue_access import QueueAccess
 
 _log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class PoolWatch:
 
 def build_app(watch: PoolWatch) -> FastAPI:
     """The three routes; an unreachable Redis is 503 with the error's one line."""
-    app = FastAPI(title="OPD pool", docs_url=None, redoc_url=None, openapi_url=None)
+    app = documented_app("OPD pool status", "Pools of teachers as their queue shows them, also while none runs.")
 
     async def refuse(_request: object, error: Exception) -> JSONResponse:
         assert isinstance(error, OpdError)
@@ -111,16 +112,19 @@ def build_app(watch: PoolWatch) -> FastAPI:
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
+        """503 while Redis does not answer."""
         await watch.check()
         return {"status": "ok"}
 
     @app.get("/v1/pool")
     async def pool() -> dict[str, Any]:
+        """Backlog, replicas and tenants by teacher."""
         states = await watch.read()
         return {"teachers": {teacher: dataclasses.asdict(state) for teacher, state in states.items()}}
 
     @app.get("/metrics")
     async def metrics() -> Response:
+        """Prometheus's text format: what an autoscaler reads."""
         return Response(render_metrics(await watch.read()), media_type=CONTENT_TYPE)
 
     return app
