@@ -1,8 +1,8 @@
 """What stands before every HTTP route: tokens, bounds on bodies, and one form for every error.
 
 Judged from the headers alone, before a byte of the body is read. /healthz and /readyz are open: probes have no token
-and learn nothing else. So are the pages that explain the routes. /metrics names tenants, so it is open only where nobody
-else listens or nobody is told apart.
+and learn nothing else. So are the pages that explain the routes. /metrics names tenants, so it is open only where
+nobody else listens or nobody is told apart.
 """
 
 import hmac

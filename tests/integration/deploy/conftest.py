@@ -71,11 +71,11 @@ class Services:
         self.started: list[Service] = []
 
     def start(self, name: str, *command: str, environ: dict[str, str] | None = None) -> Service:
-        """Runs `command`, Python's where it begins with `-m`."""
+        """Runs `command`, Python's where it begins with an option."""
         path = self.folder / f"{len(self.started)}-{name}.log"
         environment = {**os.environ, DIE_WITH_PARENT: str(os.getpid()), "HF_HUB_OFFLINE": "1"} | (environ or {})
         environment.pop("OPD_REDIS_URL", None)
-        command = (sys.executable, *command) if command[0] == "-m" else command
+        command = (sys.executable, *command) if command[0].startswith("-") else command
         with path.open("wb") as log:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         self.started.append(Service(process, path))
@@ -162,14 +162,7 @@ def services(tmp_path: Path) -> Iterator[Services]:
     found.close()
 
 
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[EmbeddedRedis]:
-    """A Redis of the test's own, over TCP."""
-    with EmbeddedRedis(tmp_path / "redis", over_tcp=True) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     folder = tmp_path_factory.mktemp("installation")
     services = Services(folder)
