@@ -136,8 +136,10 @@ class ScoreClient:
             )
         if not tracing.is_on():
             return await self._transport.score(request)
-        names = {"rollout": request.rollout_id, "tenant": request.tenant, "teacher": request.teacher}
-        with tracing.begin("score", parent=request.traceparent or None, **names) as span:
+        parent, asked = request.traceparent or None, request.rollout_id
+        with tracing.begin(
+            "score", parent=parent, rollout=asked, tenant=request.tenant, teacher=request.teacher
+        ) as span:
             return await self._transport.score(replace(request, traceparent=span.traceparent))
 
     async def info(self) -> TeacherInfo:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from opd.errors import OpdError
+
 REQUEST_LOG = "opd.requests"
 """The logger of one line for each request, silent unless asked for."""
 
@@ -60,3 +62,16 @@ def configure_logging(level: str = "info", *, as_json: bool = False, with_reques
     # Third parties speak up only when something is wrong.
     for name in ("httpx", "urllib3", "asyncio", "filelock", "fsspec"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def is_json() -> bool:
+    """Whether this process was told to write JSON, so that nothing else may stand between its lines."""
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
+
+
+def give_up(program: str, error: OpdError) -> None:
+    """The last line of a process that a user's mistake or a lost service ends."""
+    if is_json():
+        logging.getLogger(program).error("%s", error.message, extra={"code": error.code})
+    else:
+        sys.stderr.write(f"{program}: {error.message}\n")

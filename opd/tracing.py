@@ -47,9 +47,9 @@ class Span:
         self.traceparent = traceparent
         """To hand on; empty where nothing is traced."""
 
-    def child(self, name: str, **attributes: Value) -> "Span":
+    def child(self, name: str) -> "Span":
         """Begins a part of this one."""
-        return begin(name, parent=self.traceparent, **attributes)
+        return begin(name, parent=self.traceparent)
 
     def end(self, error: BaseException | None = None) -> None:
         """Once; a second call does nothing."""

@@ -8,13 +8,12 @@ imported before the configuration is accepted.
 import logging
 import os
 import socket
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from opd.errors import InternalError, OpdError
 from opd.lifecycle import die_with_parent
-from opd.logs import configure_logging
+from opd.logs import configure_logging, give_up
 from opd.settings import load_settings
 from opd.tracing import configure_tracing
 from services.trainer.alarms.desk import StoppedByAlarm
@@ -78,5 +77,5 @@ def _refuse(error: OpdError, code: int) -> int:
     # A fault of our own needs its traceback; a user's needs its one line.
     if isinstance(error, InternalError):
         _log.error("internal error", exc_info=error)
-    sys.stderr.write(f"opd train: {error.message}\n")
+    give_up("opd train", error)
     return code

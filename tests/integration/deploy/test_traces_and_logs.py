@@ -41,7 +41,7 @@ async def main(url):
         for index, tokens in enumerate(([5, 6], [10**6])):
             ids = np.array(tokens, np.int32)
             try:
-                await client.score(ScoreRequest(rollout_id=f'odd "id".3.{index}', tenant="by-grpc", teacher="post",
+                await client.score(ScoreRequest(rollout_id=f'odd"id".3.{index}', tenant="by-grpc", teacher="post",
                                                 prompt_token_ids=ids, response_token_ids=ids))
             except OpdError as error:
                 print(error.code)
@@ -112,7 +112,8 @@ def test_each_rollout_is_one_trace_through_both_processes(told: Told) -> None:
             assert span.parent_id == (trace[parent].span_id if parent else "")
             if parent:
                 assert trace[parent].start_ns <= span.start_ns + SLACK_NS
-                assert span.end_ns <= trace[parent].end_ns + SLACK_NS or name == "reply", name
+                # Whoever asked may have the answer before the teacher has heard that it was taken.
+                assert span.end_ns <= trace[parent].end_ns + SLACK_NS or name == "serve", name
         starts = [trace[name].start_ns for name in ("queue_wait", "intake", "batch_wait", "engine_pass", "reply")]
         assert starts == sorted(starts)
         assert trace["engine_pass"].end_ns <= trace["reply"].start_ns + SLACK_NS
@@ -162,11 +163,13 @@ def test_a_rollout_is_followed_by_its_id_through_both_logs(told: Told) -> None:
         assert of_teacher[0]["request"].endswith("/1") and of_teacher[0]["engine_ms"] > 0
         assert of_trainer[1]["replica"]
     assert len({line["request"] for line in teacher if "request" in line}) == NUM_ROLLOUTS + 2
+    # What a person would see of the run stands in the same form.
+    assert [line["level"] for line in trainer if line["message"].startswith("step 1/1")] == ["info"]
 
 
 def test_quotes_in_an_id_break_no_line(told: Told) -> None:
     odd = [line for line in lines(told.teacher) if line.get("tenant") == "by-grpc"]
-    assert [line["rollout"] for line in odd] == ['odd "id".3.0', 'odd "id".3.1']
+    assert [line["rollout"] for line in odd] == ['odd"id".3.0', 'odd"id".3.1']
     assert [line["policy_version"] for line in odd] == [3, 3]
     assert [line.get("code") for line in odd] == [None, "invalid_request"]
 
