@@ -28,6 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
+from opd import tracing
 from opd.credentials import Credentials
 from opd.errors import (
     ConfigError,
@@ -133,7 +134,13 @@ class ScoreClient:
                 f"rollout_id={request.rollout_id}: is for teacher {request.teacher} and tenant {request.tenant}, the "
                 f"client for {self._teacher} and {self._tenant}; use one client for each pair"
             )
-        return await self._transport.score(request)
+        if not tracing.is_on():
+            return await self._transport.score(request)
+        parent, asked = request.traceparent or None, request.rollout_id
+        with tracing.begin(
+            "score", parent=parent, rollout=asked, tenant=request.tenant, teacher=request.teacher
+        ) as span:
+            return await self._transport.score(replace(request, traceparent=span.traceparent))
 
     async def info(self) -> TeacherInfo:
         """Who serves under the teacher's name now; TeacherUnavailableError while nobody ever has.
@@ -198,6 +205,7 @@ class _QueueTransport:
             timeout_ms=request.timeout_ms,
             body=body,
             prompt_hash=request.prompt_hash,
+            traceparent=request.traceparent,
         )
         return decode_reply(reply, request)
 

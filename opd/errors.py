@@ -136,6 +136,11 @@ def _subclasses(cls: type[OpdError]) -> list[type[OpdError]]:
     return [found for child in cls.__subclasses__() for found in (child, *_subclasses(child))]
 
 
+def known_codes() -> list[str]:
+    """Every code of the tree, sorted."""
+    return sorted({OpdError.code, *(cls.code for cls in _subclasses(OpdError))})
+
+
 def from_code(code: str, message: str, retry_after_s: float | None = None) -> OpdError:
     """Rebuilds an error that came over the wire; an unknown code becomes an `InternalError` that names it."""
     for cls in _subclasses(OpdError):

@@ -5,11 +5,14 @@ Names are `opd_teacher_<what>_<unit>`. Tenants come from callers, so the number 
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from opd.errors import known_codes
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 OTHER_TENANTS = "other"
@@ -53,9 +56,15 @@ class TeacherMetrics:
         )
         self._tokens = Counter("opd_teacher_tokens", "Tokens scored.", ["tenant"], registry=registry)
         self.errors = Counter("opd_teacher_errors", "Requests answered with an error.", ["code"], registry=registry)
+        for code in known_codes():
+            # From 0, so that a rate sees the first of a kind.
+            self.errors.labels(code)
         self.in_flight_tokens = Gauge("opd_teacher_in_flight_tokens", "Tokens in the ledger.", registry=registry)
         self.waiting_requests = Gauge("opd_teacher_waiting_requests", "Requests not yet in a batch.", registry=registry)
-        self.canary_sound = Gauge("opd_teacher_canary_sound", "1 when the last probe was sound.", registry=registry)
+        self.canary_sound = Gauge(
+            "opd_teacher_canary_sound", "1 when the last probe was sound, NaN before the first.", registry=registry
+        )
+        self.canary_sound.set(math.nan)
         self.ready = Gauge("opd_teacher_ready", "1 when requests are taken.", registry=registry)
         self.loop_lag_seconds = Gauge(
             "opd_teacher_loop_lag_seconds", "How late the event loop last woke.", registry=registry
@@ -70,6 +79,7 @@ class TeacherMetrics:
         self.tenants_file_sound = Gauge(
             "opd_teacher_tenants_file_sound", "0 when the tenants file cannot be read.", registry=registry
         )
+        self.tenants_file_sound.set(1)
         self._tenants: set[str] = set()
         self._known_tenants: frozenset[str] | None = None
 

@@ -98,6 +98,9 @@ class ScoreRequest:
     """How often the client has submitted this rollout before."""
     teacher_fingerprint: str = ""
     """When set, only a replica with this fingerprint may answer."""
+    traceparent: str = ""
+    """W3C trace context of the span that asks (see `opd.tracing`); empty where nothing is traced. No part of what is
+    asked."""
 
     @property
     def num_tokens(self) -> int:
@@ -245,3 +248,9 @@ class Rollout:
 def rollout_id(run: str, step: int, index: int) -> str:
     """The identity of delivery: unique over runs, steps and rollouts of a step."""
     return f"{run}.{step}.{index}"
+
+
+def policy_version_of(rollout_id: str) -> int | None:
+    """The step whose weights sampled a rollout, as its id has it; None for an id of another form."""
+    step = rollout_id.rsplit(".", 2)[1:2]
+    return int(step[0]) if step and step[0].isdecimal() and step[0].isascii() else None

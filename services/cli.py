@@ -12,6 +12,8 @@ import typer
 
 from opd.errors import ConfigError, InvalidRequestError, OpdError
 from opd.lifecycle import die_with_parent
+from opd.logs import give_up
+from services.doctor_cli import doctor
 from services.eval_cli import auroc, continuation, evaluate
 from services.experiment_cli import experiment_app
 from services.pool_cli import pool_app
@@ -33,6 +35,7 @@ app.command()(auroc)
 app.command()(data)
 app.command("cold-start")(cold_start)
 app.command()(preflight)
+app.command()(doctor)
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file.")]
 Overrides = Annotated[
@@ -122,7 +125,7 @@ def main() -> None:
 
 
 def _fail(error: OpdError, code: int) -> None:
-    sys.stderr.write(f"opd: {error.message}\n")
+    give_up("opd", error)
     sys.exit(code)
 
 

@@ -103,6 +103,23 @@ async def apply_users(
     return gone, True
 
 
+async def tenants_without_access(
+    connection: QueueConnection, wanted: Mapping[str, Sequence[str]], pools: Sequence[str]
+) -> list[str]:
+    """Which tenants, by name with their tokens' hashes, lack a user with these passwords for each of these pools."""
+    lines: list[bytes] = await connection.call(_acl("LIST"))
+    users = {name: set(rules) for _, name, *rules in (line.decode().split(" ") for line in lines)}
+    needed = {
+        name: {
+            "on",
+            *(f"#{sha256}" for sha256 in hashes),
+            *(f"~{PoolKeys(pool).prefix}requests:{name}" for pool in pools),
+        }
+        for name, hashes in wanted.items()
+    }
+    return sorted(name for name, rules in needed.items() if not rules <= users.get(name, set()))
+
+
 def _acl(*words: str) -> Callable[[Any], Awaitable[Any]]:
     return lambda redis: redis.execute_command("ACL", *words)
 

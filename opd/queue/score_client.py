@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from opd import tracing
 from opd.credentials import Credentials
 from opd.errors import (
     DeadlineExceededError,
@@ -44,6 +45,7 @@ class _Open:
     timeout_ms: int
     body: bytes
     prompt_hash: str
+    traceparent: str
     attempt: int = 0
     may_be_queued: bool = False
     """From the first submission until its outcome is known."""
@@ -113,7 +115,14 @@ class QueueScoreClient:
             self._tasks.append(task)
 
     async def score(
-        self, *, rollout_id: str, num_tokens: int, timeout_ms: int, body: bytes, prompt_hash: str = ""
+        self,
+        *,
+        rollout_id: str,
+        num_tokens: int,
+        timeout_ms: int,
+        body: bytes,
+        prompt_hash: str = "",
+        traceparent: str = "",
     ) -> bytes:
         """Submits one rollout and returns its reply; those of one prompt hash are scored together where that is fair.
 
@@ -122,7 +131,12 @@ class QueueScoreClient:
         """
         self._check(rollout_id, body)
         item = _Open(
-            rollout_id=rollout_id, num_tokens=num_tokens, timeout_ms=timeout_ms, body=body, prompt_hash=prompt_hash
+            rollout_id=rollout_id,
+            num_tokens=num_tokens,
+            timeout_ms=timeout_ms,
+            body=body,
+            prompt_hash=prompt_hash,
+            traceparent=traceparent,
         )
         self._open[rollout_id] = item
         self.stats.sent += 1
@@ -181,7 +195,8 @@ class QueueScoreClient:
 
     async def _score_until_final(self, item: _Open) -> bytes:
         for delay_s in _PACE.delays():
-            await self._admit(item)
+            with tracing.begin("submit", parent=item.traceparent, attempt=item.attempt, tokens=item.num_tokens):
+                await self._admit(item)
             outcome = await self._outcome(item)
             item.may_be_queued = item.is_admitted = False
             if isinstance(outcome, bytes):

@@ -1,6 +1,7 @@
 """What a pool looks like from its queue: backlog, ages, leases, replicas. Works while no replica runs."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any
 
 from opd.errors import OpdError
@@ -8,6 +9,9 @@ from opd.queue.connection import QueueConnection
 from opd.queue.keys import GROUP, PoolKeys, check_pool
 from opd.queue.pools import LiveReplica, live_replicas
 from opd.wire.messages import decode_info
+
+OUTCOMES = ("delivered", "completed", "failed", "redelivered", "dropped", "expired", "malformed", "dead")
+"""What the scripts count of a pool's requests."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +42,9 @@ class ReplicaStatus:
     fingerprint: str = ""
     model: str = ""
     engine: str = ""
+    version: str = ""
+    leased_entries: int = 0
+    """Requests it holds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +61,7 @@ class PoolStatus:
     dead_letters: int
     replicas: tuple[ReplicaStatus, ...]
     totals: dict[str, int]
-    """Since the pool began: delivered, completed, completed_tokens, failed, redelivered, dropped, expired, dead."""
+    """Since the pool began, by `OUTCOMES` and `completed_tokens`; what never happened is absent."""
     used_memory_bytes: int
     max_memory_bytes: int
     """0: no limit."""
@@ -70,7 +77,8 @@ async def read_status(connection: QueueConnection, pool: str) -> PoolStatus:
     memory = await connection.call(lambda redis: redis.info("memory"))
     traces = (keys.info, keys.counters, keys.limits, keys.replicas, keys.active, keys.dead_tenants)
     num_traces = await connection.call(lambda redis: redis.exists(*traces))
-    tenants = tuple([await _read_tenant(connection, keys, name.decode(), limits) for name in sorted(names)])
+    leases: Counter[str] = Counter()
+    tenants = tuple([await _read_tenant(connection, keys, name.decode(), limits, leases) for name in sorted(names)])
     return PoolStatus(
         pool=pool,
         is_known=num_traces > 0,
@@ -79,7 +87,7 @@ async def read_status(connection: QueueConnection, pool: str) -> PoolStatus:
         leased_entries=sum(tenant.leased_entries for tenant in tenants),
         oldest_age_s=max((tenant.oldest_age_s for tenant in tenants), default=0.0),
         dead_letters=sum(tenant.dead_letters for tenant in tenants),
-        replicas=await _replicas(connection, pool),
+        replicas=await _replicas(connection, pool, leases),
         totals={name.decode(): int(value) for name, value in sorted(totals.items())},
         used_memory_bytes=int(memory["used_memory"]),
         max_memory_bytes=int(memory["maxmemory"]),
@@ -88,8 +96,10 @@ async def read_status(connection: QueueConnection, pool: str) -> PoolStatus:
 
 
 async def _read_tenant(
-    connection: QueueConnection, keys: PoolKeys, tenant: str, limits: dict[bytes, bytes]
+    connection: QueueConnection, keys: PoolKeys, tenant: str, limits: dict[bytes, bytes], leases: Counter[str]
 ) -> TenantStatus:
+    """Adds what each replica holds of it to `leases`."""
+
     async def read(redis: Any) -> list[Any]:
         async with redis.pipeline(transaction=True) as pipe:
             pipe.hgetall(keys.inflight(tenant))
@@ -102,13 +112,15 @@ async def _read_tenant(
 
     in_flight, oldest, (seconds, micros), num_dead, pending = await connection.call(read)
     cap = limits.get(f"cap:{tenant}".encode(), limits.get(b"cap:*"))
+    # Before the first take there is no group, and nothing is leased.
+    held = [] if isinstance(pending, Exception) else pending["consumers"]
+    leases.update({holder["name"].decode(): int(holder["pending"]) for holder in held})
     admitted_ms = int(oldest[0][0].partition(b"-")[0]) if oldest else None
     return TenantStatus(
         tenant=tenant,
         backlog_tokens=int(in_flight.get(b"tokens", 0)),
         backlog_entries=int(in_flight.get(b"entries", 0)),
-        # Before the first take there is no group, and nothing is leased.
-        leased_entries=0 if isinstance(pending, Exception) else int(pending["pending"]),
+        leased_entries=sum(int(holder["pending"]) for holder in held),
         oldest_age_s=0.0 if admitted_ms is None else max(seconds + micros / 1e6 - admitted_ms / 1e3, 0.0),
         dead_letters=int(num_dead),
         weight=float(limits.get(f"weight:{tenant}".encode(), 1.0)),
@@ -116,8 +128,9 @@ async def _read_tenant(
     )
 
 
-async def _replicas(connection: QueueConnection, pool: str) -> tuple[ReplicaStatus, ...]:
-    return tuple([_replica(replica) for replica in await live_replicas(connection, pool)])
+async def _replicas(connection: QueueConnection, pool: str, leases: Counter[str]) -> tuple[ReplicaStatus, ...]:
+    found = await live_replicas(connection, pool)
+    return tuple([replace(_replica(replica), leased_entries=leases[replica.replica_id]) for replica in found])
 
 
 def _replica(replica: LiveReplica) -> ReplicaStatus:
@@ -132,4 +145,5 @@ def _replica(replica: LiveReplica) -> ReplicaStatus:
         fingerprint=info.fingerprint,
         model=info.model,
         engine=info.engine,
+        version=info.version,
     )

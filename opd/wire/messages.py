@@ -12,6 +12,7 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from opd.errors import InvalidRequestError, from_code
+from opd.tracing import checked_traceparent
 from opd.types import Capability, Encoding, Floats, Ids, Normalizer, ScoreReply, ScoreRequest, Scores, TeacherInfo
 from opd.wire import arrays
 from opd.wire.pb import teacher_pb2 as pb
@@ -77,7 +78,7 @@ def check_message_size(rollout_id: str, num_bytes: int, max_bytes: int) -> None:
 def content_key(request: ScoreRequest, teacher_fingerprint: str) -> bytes:
     """Hash of content, wants and teacher: equal keys have equal scores. For caching only, never for identity."""
     message = request_to_proto(request)
-    for name in ("rollout_id", "content_key", "attempt", "tenant", "timeout_ms"):
+    for name in ("rollout_id", "content_key", "attempt", "tenant", "timeout_ms", "traceparent"):
         message.ClearField(name)
     message.teacher_fingerprint = teacher_fingerprint
     return hashlib.sha256(message.SerializeToString(deterministic=True)).digest()
@@ -102,6 +103,7 @@ def request_to_proto(request: ScoreRequest) -> pb.ScoreRequest:
         batch_invariant=request.batch_invariant,
         timeout_ms=request.timeout_ms,
         teacher_fingerprint=request.teacher_fingerprint,
+        traceparent=request.traceparent,
     )
     if request.scored_rows is not None:
         message.scored_rows.CopyFrom(arrays.encode_mask(request.scored_rows))
@@ -141,6 +143,7 @@ def request_from_proto(message: pb.ScoreRequest, info: TeacherInfo | None = None
         timeout_ms=message.timeout_ms,
         attempt=message.attempt,
         teacher_fingerprint=message.teacher_fingerprint,
+        traceparent=checked_traceparent(message.traceparent),
     )
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from opd.errors import ConfigError, OpdError
+from opd.logs import give_up
 
 
 def main() -> int:
@@ -19,7 +20,7 @@ def main() -> int:
 
         return run_teacher(arguments.config, arguments.overrides, arguments.ready_file)
     except OpdError as error:
-        sys.stderr.write(f"opd: {error.message}\n")
+        give_up("opd", error)
         return 2 if isinstance(error, ConfigError) else 1
 
 

@@ -53,6 +53,8 @@ class Ticket:
     admitted_at_s: float
     deadline_s: float
     """On the clock of `admitted_at_s`."""
+    entered_at_s: float = 0.0
+    """When it came here, which for a queued request is later than its admission."""
     is_dealt: bool = False
     """Handed out in a batch."""
     is_scored: bool = False

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from opd.credentials import is_loopback
 from opd.settings import Settings
+from opd.tracing import TracingSettings
 
 
 class TlsSettings(Settings):
@@ -206,6 +207,10 @@ class TeacherConfig(Settings):
     """Of everything on standard error."""
     log_json: bool = False
     """One JSON object a line."""
+    log_requests: bool = False
+    """One line for each request that was answered."""
+    tracing: TracingSettings = TracingSettings()
+    """Of requests whose trainer traces them; see TracingSettings."""
 
     @field_validator("teacher")
     @classmethod

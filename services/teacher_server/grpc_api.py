@@ -8,6 +8,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -28,6 +29,7 @@ from services.teacher_server.gate import Gate
 from services.teacher_server.grpc_gate import SERVICE, GateInterceptor
 from services.teacher_server.readiness import Readiness
 from services.teacher_server.scoring import ScoringSlot, TeacherScoring
+from services.teacher_server.serving import Serving, serving
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -83,16 +85,21 @@ class TeacherServicer(pb_grpc.TeacherServiceServicer):
 
     async def _score(self, message: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
         scoring = self._slot.get()
-        request = request_from_proto(message, scoring.info())
-        reply = await scoring.score(request, patience_s=context.time_remaining())
-        response = pb.ScoreResponse(reply=reply_to_proto(reply, request.encoding, request.candidate_token_ids))
-        check_message_size(request.rollout_id, response.ByteSize(), scoring.info().max_message_bytes)
-        return response
+        with _served(message) as served:
+            request = served.opened(request_from_proto(message, scoring.info()))
+            reply = await scoring.score(request, patience_s=context.time_remaining())
+            with served.span.child("reply"):
+                response = pb.ScoreResponse(reply=reply_to_proto(reply, request.encoding, request.candidate_token_ids))
+            check_message_size(request.rollout_id, response.ByteSize(), scoring.info().max_message_bytes)
+            served.scored(reply)
+            return response
 
     async def _score_stream(self, message: pb.ScoreStreamRequest, context: Any) -> Iterator[pb.ScoreStreamResponse]:
         scoring = self._slot.get()
-        request = request_from_proto(message.request, scoring.info())
-        reply, release = await scoring.score_streamed(request, patience_s=context.time_remaining())
+        with _served(message.request) as served:
+            request = served.opened(request_from_proto(message.request, scoring.info()))
+            reply, release = await scoring.score_streamed(request, patience_s=context.time_remaining())
+            served.scored(reply)
         # Also for a call that was cancelled, or cut off between two chunks.
         context.add_done_callback(lambda _: release())
         return split_reply(reply, request.encoding, self._chunk_bytes)
@@ -100,6 +107,17 @@ class TeacherServicer(pb_grpc.TeacherServiceServicer):
     async def _output_head(self, message: pb.GetOutputHeadRequest) -> Iterator[pb.GetOutputHeadResponse]:
         head = self._scoring_of(message.teacher).output_head()
         return head_messages(head, message.offset_bytes, self._chunk_bytes)
+
+
+@contextmanager
+def _served(message: pb.ScoreRequest) -> Iterator[Serving]:
+    """Whatever refuses the request is told before it goes on."""
+    with serving(rollout_id=message.rollout_id[:200], tenant=message.tenant[:63]) as served:
+        try:
+            yield served
+        except OpdError as error:
+            served.refused(error)
+            raise
 
 
 class GrpcServer:

@@ -15,14 +15,16 @@ from typing import Any
 
 import numpy as np
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, Security
 from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict
 
 from opd.credentials import read_pem
 from opd.errors import ConfigError, InvalidRequestError, OpdError
 from opd.metrics import CONTENT_TYPE, TeacherMetrics
 from opd.types import ScoreReply, ScoreRequest
+from services.http_docs import documented_app
 from services.teacher_server.config import HttpSettings
 from services.teacher_server.gate import Gate
 from services.teacher_server.http_gate import HttpGate, error_response, tell_errors
@@ -65,7 +67,8 @@ def create_app(
     gate: Gate | None = None,
 ) -> FastAPI:
     """All routes; needs no running engine."""
-    app = FastAPI(title="OPD teacher", docs_url=None, redoc_url=None, openapi_url=None)
+    app = documented_app("OPD teacher", "One replica: health, metrics, its handshake, and scoring by hand.")
+    with_token = [Security(HTTPBearer(auto_error=False, description="The tenant's token."))]
     doors = HttpGate(gate or Gate(), settings)
 
     @app.middleware("http")
@@ -80,25 +83,30 @@ def create_app(
 
     @app.get("/healthz")
     async def healthz() -> Response:
+        """503 when a forward pass stands still."""
         # A standing engine does not come back by itself: this is what asks for a restart.
         stalled = readiness.reasons.get(Part.ENGINE)
         return JSONResponse({"status": stalled or "ok"}, 503 if stalled else 200)
 
     @app.get("/readyz")
     async def readyz() -> Response:
+        """200 when requests are taken, with the reason when not."""
         return JSONResponse({"status": readiness.describe()}, 200 if readiness.is_ready else 503)
 
     @app.get("/metrics")
     async def render() -> Response:
+        """Prometheus's text format."""
         return Response(metrics.render(), media_type=CONTENT_TYPE)
 
-    @app.get("/v1/info")
+    @app.get("/v1/info", dependencies=with_token)
     async def info() -> Response:
+        """The handshake: who this teacher is, what it does exactly, how much it takes."""
         found = asdict(slot.get().info())
         return JSONResponse(found | {"capabilities": sorted(found["capabilities"])})
 
-    @app.post("/v1/score")
+    @app.post("/v1/score", dependencies=with_token)
     async def score(body: ScoreBody, http_request: Request) -> Response:
+        """Log-probs of one response; programs use the queue or gRPC."""
         scoring, tenant = slot.get(), http_request.state.tenant
         request = body.to_request(scoring.info().teacher, tenant or "by-hand")
         doors.gate.check_request(tenant, request.tenant)

@@ -1,7 +1,8 @@
 """What stands before every HTTP route: tokens, bounds on bodies, and one form for every error.
 
 Judged from the headers alone, before a byte of the body is read. /healthz and /readyz are open: probes have no token
-and learn nothing else. /metrics names tenants, so it is open only where nobody else listens or nobody is told apart.
+and learn nothing else. So are the pages that explain the routes. /metrics names tenants, so it is open only where
+nobody else listens or nobody is told apart.
 """
 
 import hmac
@@ -15,6 +16,7 @@ from starlette.exceptions import HTTPException
 from opd.credentials import is_loopback
 from opd.errors import InternalError, InvalidRequestError, OpdError, PermissionDeniedError, UnauthenticatedError
 from opd.settings import read_secret_file
+from services.http_docs import is_documentation
 from services.teacher_server.config import HttpSettings
 from services.teacher_server.gate import Gate
 
@@ -52,7 +54,7 @@ class HttpGate:
         request.state.tenant = None
         if path == "/metrics":
             self._enter_metrics(authorization)
-        elif path not in _OPEN_PATHS:
+        elif path not in _OPEN_PATHS and not is_documentation(path):
             request.state.tenant = self.gate.authenticate(authorization)
         if request.method not in ("GET", "HEAD"):
             self._check_body(request)

@@ -29,10 +29,11 @@ from opd.queue.connection import QueueConnection
 from opd.queue.dead_letters import DeadLetter, list_dead, requeue_dead, show_dead
 from opd.queue.keys import check_pool
 from opd.queue.pools import promote_pool, resolve_pool
-from opd.queue.status import PoolStatus, read_status
+from opd.queue.status import OUTCOMES, PoolStatus, read_status
 from opd.settings import Settings, load_settings
 from opd.types import ScoreRequest
 from opd.wire.messages import decode_request
+from services.http_docs import documented_app
 from services.teacher_server.queue_access import QueueAccess
 
 _log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class PoolWatch:
 
 def build_app(watch: PoolWatch) -> FastAPI:
     """The three routes; an unreachable Redis is 503 with the error's one line."""
-    app = FastAPI(title="OPD pool", docs_url=None, redoc_url=None, openapi_url=None)
+    app = documented_app("OPD pool status", "Pools of teachers as their queue shows them, also while none runs.")
 
     async def refuse(_request: object, error: Exception) -> JSONResponse:
         assert isinstance(error, OpdError)
@@ -111,16 +112,19 @@ def build_app(watch: PoolWatch) -> FastAPI:
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
+        """503 while Redis does not answer."""
         await watch.check()
         return {"status": "ok"}
 
     @app.get("/v1/pool")
     async def pool() -> dict[str, Any]:
+        """Backlog, replicas and tenants by teacher."""
         states = await watch.read()
         return {"teachers": {teacher: dataclasses.asdict(state) for teacher, state in states.items()}}
 
     @app.get("/metrics")
     async def metrics() -> Response:
+        """Prometheus's text format: what an autoscaler reads."""
         return Response(render_metrics(await watch.read()), media_type=CONTENT_TYPE)
 
     return app
@@ -146,6 +150,9 @@ def render_metrics(states: dict[str, PoolStatus]) -> bytes:
     replicas = Gauge("opd_pool_replicas", "Live replicas.", ["teacher"], registry=registry)
     total_tokens = Gauge("opd_pool_total_backlog_tokens", "Of all tenants.", ["teacher"], registry=registry)
     memory = Gauge("opd_pool_redis_memory_bytes", "Memory that Redis uses.", ["teacher"], registry=registry)
+    memory_limit = Gauge(
+        "opd_pool_redis_max_memory_bytes", "Redis's maxmemory; 0 means none.", ["teacher"], registry=registry
+    )
     oldest = Gauge("opd_pool_total_oldest_age_seconds", "Of all tenants.", ["teacher"], registry=registry)
     tokens = Gauge(
         "opd_pool_scored_tokens", "Answered since the pool began; its rate is tokens/s.", ["teacher"], registry=registry
@@ -155,10 +162,12 @@ def render_metrics(states: dict[str, PoolStatus]) -> bytes:
         replicas.labels(teacher).set(len(state.replicas))
         total_tokens.labels(teacher).set(state.backlog_tokens)
         memory.labels(teacher).set(state.used_memory_bytes)
+        memory_limit.labels(teacher).set(state.max_memory_bytes)
         oldest.labels(teacher).set(state.oldest_age_s)
         tokens.labels(teacher).set(state.totals.get("completed_tokens", 0))
-        for what, count in state.totals.items():
-            entries.labels(teacher, what).set(count)
+        # From 0, so that a rate sees the first of a kind.
+        for what in OUTCOMES:
+            entries.labels(teacher, what).set(state.totals.get(what, 0))
     return generate_latest(registry)
 
 

@@ -24,6 +24,7 @@ from services.teacher_server.config import TeacherConfig
 from services.teacher_server.gate import Gate
 from services.teacher_server.readiness import Part, Readiness
 from services.teacher_server.scoring import TeacherScoring
+from services.teacher_server.serving import Serving, serving
 from services.teacher_server.tenants import TenantTable
 
 _log = logging.getLogger(__name__)
@@ -236,26 +237,35 @@ class QueueIntake:
 
     async def _serve(self, delivery: Delivery) -> None:
         """From lease to answer; an answer that Redis cannot take is dropped with its lease."""
-        try:
-            answer = await self._answer(delivery)
-            if isinstance(answer, TeacherUnavailableError):
-                num_returned = await self._consumer.hand_back([delivery])
-                # Added in a step of its own: others hand back while this one waits for Redis.
-                self.num_handed_back += num_returned
-            elif isinstance(answer, OpdError):
-                await self._consumer.fail(delivery, answer)
+        request_id, age_s = f"{delivery.entry_id}/{delivery.delivery_count}", delivery.age_ms / 1000
+        with serving(request_id, rollout_id=delivery.rollout_id, tenant=delivery.tenant, age_s=age_s) as served:
+            try:
+                answer = await self._answer(delivery, served)
+                with served.span.child("reply"):
+                    await self._settle(delivery, answer)
+            except OpdError as error:
+                _log.warning("rollout %s: its answer is lost (%s)", delivery.rollout_id, error.message)
             else:
-                await self._consumer.complete(delivery, answer)
-        except OpdError as error:
-            _log.warning("rollout %s: its answer is lost (%s)", delivery.rollout_id, error.message)
+                if isinstance(answer, OpdError):
+                    served.refused(answer)
 
-    async def _answer(self, delivery: Delivery) -> bytes | OpdError:
+    async def _settle(self, delivery: Delivery, answer: bytes | OpdError) -> None:
+        if isinstance(answer, TeacherUnavailableError):
+            num_returned = await self._consumer.hand_back([delivery])
+            # Added in a step of its own: others hand back while this one waits for Redis.
+            self.num_handed_back += num_returned
+        elif isinstance(answer, OpdError):
+            await self._consumer.fail(delivery, answer)
+        else:
+            await self._consumer.complete(delivery, answer)
+
+    async def _answer(self, delivery: Delivery, served: Serving) -> bytes | OpdError:
         try:
             request = decode_request(delivery.body, self._scoring.info())
             _check_declared(delivery, request)
             self._gate.check_queued(delivery.tenant)
             reply = await self._scoring.score(
-                request,
+                served.opened(request),
                 intake=Intake.QUEUE,
                 alone=delivery.delivery_count > 1,
                 age_s=delivery.age_ms / 1000,
@@ -263,6 +273,7 @@ class QueueIntake:
             )
             body = encode_reply(reply, request)
             check_message_size(request.rollout_id, len(body), self._max_message_bytes)
+            served.scored(reply)
             return body
         except OpdError as error:
             return error

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
+from opd import tracing
 from opd.errors import DeadlineExceededError, OpdError, TeacherUnavailableError, UnsupportedError
 from opd.metrics import TeacherMetrics
 from opd.types import Capability, ScoreReply, ScoreRequest, Scores, SharedHead, TeacherInfo
@@ -163,6 +164,7 @@ class TeacherScoring:
             now_s=now_s - age_s,
             deadline_s=now_s + left_s,
         )
+        ticket.entered_at_s = now_s
         self._answers[ticket] = asyncio.get_running_loop().create_future()
         self._idle.clear()
         self._show_load()
@@ -241,6 +243,8 @@ class TeacherScoring:
         if guarded.verdict is not None:
             self._apply(guarded.verdict)
         took_s = self._clock() - started_s
+        if tracing.is_on():
+            _trace(batch, waited_until_s=time.time() - took_s, took_s=took_s, now_s=started_s)
         num_tokens = sum(ticket.num_tokens for ticket in batch)
         self._batcher.record_speed(num_tokens, took_s)
         for ticket, outcome in zip(batch, guarded.outcomes, strict=True):
@@ -306,6 +310,15 @@ class TeacherScoring:
     def _show_load(self) -> None:
         self._metrics.in_flight_tokens.set(self._batcher.held_tokens())
         self._metrics.waiting_requests.set(self._batcher.num_waiting)
+
+
+def _trace(batch: list[Ticket], *, waited_until_s: float, took_s: float, now_s: float) -> None:
+    """Each request's wait for its batch and the pass it shared; `now_s` is on the tickets' clock."""
+    pass_of = {"batch_requests": len(batch), "batch_tokens": sum(ticket.num_tokens for ticket in batch)}
+    for ticket in batch:
+        parent, entered_s = ticket.request.traceparent, waited_until_s - (now_s - ticket.entered_at_s)
+        tracing.record("batch_wait", parent=parent, start_s=entered_s, end_s=waited_until_s)
+        tracing.record("engine_pass", parent=parent, start_s=waited_until_s, end_s=waited_until_s + took_s, **pass_of)
 
 
 class ScoringSlot:

@@ -18,6 +18,7 @@ from opd.lifecycle import Shutdown, die_with_parent
 from opd.logs import configure_logging
 from opd.metrics import TeacherMetrics, watch_loop_lag
 from opd.settings import load_settings
+from opd.tracing import configure_tracing
 from services.teacher_server.batcher import BatchLimits, FairBatcher
 from services.teacher_server.canary import Canary
 from services.teacher_server.config import TeacherConfig
@@ -42,10 +43,14 @@ def run_teacher(config_path: Path | None, overrides: Sequence[str], ready_file: 
     """Serves until SIGTERM or SIGINT and returns the exit code; raises an OpdError for what the user can mend."""
     config = load_settings(TeacherConfig, config_path, overrides)
     check_model(config.model)
-    configure_logging(config.log_level, as_json=config.log_json)
+    configure_logging(config.log_level, as_json=config.log_json, with_requests=config.log_requests)
     die_with_parent()
     replica = Replica(config, ready_file)
-    exit_code = asyncio.run(replica.serve())
+    close_tracing = configure_tracing(config.tracing, service="opd-teacher", instance=replica.name)
+    try:
+        exit_code = asyncio.run(replica.serve())
+    finally:
+        close_tracing()
     if replica.is_engine_busy:
         # Leaving in the usual way would wait for the engine thread, which nothing can interrupt.
         logging.shutdown()
@@ -87,6 +92,11 @@ class Replica:
         self._queue = connect_queue(config)
         self._intake: QueueIntake | None = None
         self._tasks: dict[str, asyncio.Task[Any]] = {}
+
+    @property
+    def name(self) -> str:
+        """As it stands in replies."""
+        return self._name
 
     @property
     def is_engine_busy(self) -> bool:

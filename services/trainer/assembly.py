@@ -337,7 +337,9 @@ def _restore(checkpoint: Checkpoint, optimizer: StudentOptimizer, log: RunLog, s
     log.drop_after(state.step)
     now = _public_config(settings)
     changed = sorted(
-        name for name in now if name not in ("run_dir", "log", "http") and now[name] != state.config.get(name)
+        name
+        for name in now
+        if name not in ("run_dir", "log", "http", "tracing") and now[name] != state.config.get(name)
     )
     if changed:
         _log.warning("the run goes on with other settings than it had: %s", ", ".join(changed))

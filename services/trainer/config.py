@@ -12,6 +12,7 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from opd.settings import Seed, Settings
+from opd.tracing import TracingSettings
 from opd.types import Encoding
 from services.trainer.alarms.config import AlarmSettings
 from services.trainer.loggers.config import LoggerSettings
@@ -181,6 +182,8 @@ class LogSettings(Settings):
     """debug, info, warning or error."""
     as_json: bool = False
     """One JSON object a line on standard error."""
+    requests: bool = False
+    """Two lines for each rollout: sent, and scored or not."""
 
 
 class HttpSettings(Settings):
@@ -269,6 +272,8 @@ class TrainSettings(Settings):
     loggers: LoggerSettings = Field(default_factory=LoggerSettings)
     log: LogSettings = Field(default_factory=LogSettings)
     http: HttpSettings = Field(default_factory=HttpSettings)
+    tracing: TracingSettings = Field(default_factory=TracingSettings)
+    """One trace per rollout."""
     run_dir: Path = Path("runs/train")
     """Everything the run writes."""
     seed: Seed = 0

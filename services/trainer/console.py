@@ -1,11 +1,16 @@
 """What a person at the terminal sees of a run: one line a step, and a bar where there is a terminal to draw it on."""
 
+import logging
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from opd.logs import is_json
+
+_log = logging.getLogger(__name__)
 
 _COLUMNS = (
     ("loss/reverse_kl", "reverse_kl", "{:.4f}"),
@@ -33,7 +38,7 @@ class RunConsole:
         self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
+        if self._console.is_terminal and not is_json():
             columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._progress = Progress(*columns, console=self._console, transient=True)
             self._progress.start()
@@ -57,4 +62,7 @@ class RunConsole:
 
     def say(self, line: str) -> None:
         """One line as it is: nothing in it is markup, and a narrow terminal does not break it."""
+        if is_json():
+            _log.info("%s", line)
+            return
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -19,8 +19,10 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from opd.errors import ConfigError, InternalError
+from services.http_docs import documented_app
 
 _START_S = 10.0
+_OF_TEACHER = "/teacher/"
 READY_STATES = frozenset({"training", "evaluating"})
 
 
@@ -98,32 +100,48 @@ class _StatusCollector(Collector):
         for alarm in snapshot.alarms:
             alarms.add_metric([alarm["name"]], 1.0)
         yield alarms
+        by_teacher: dict[str, GaugeMetricFamily] = {}
         for name, value in sorted(snapshot.metrics.items()):
-            yield GaugeMetricFamily(f"opd_trainer_{re.sub(r'[^a-z0-9_]', '_', name.lower())}", name, value=value)
+            key, _, teacher = name.partition(_OF_TEACHER)
+            if not teacher:
+                yield GaugeMetricFamily(prometheus_name(key), key, value=value)
+                continue
+            family = GaugeMetricFamily(f"{prometheus_name(key)}_by_teacher", key, labels=["teacher"])
+            by_teacher.setdefault(key, family).add_metric([teacher], value)
+        yield from by_teacher.values()
+
+
+def prometheus_name(key: str) -> str:
+    """What `/metrics` calls a metric of `metrics.jsonl`."""
+    return f"opd_trainer_{re.sub(r'[^a-z0-9_]', '_', key.lower())}"
 
 
 def build_app(status: RunStatus) -> FastAPI:
     """/healthz, /readyz, /metrics and /v1/run over one status."""
-    app = FastAPI(title="opd trainer", docs_url=None, redoc_url=None)
+    app = documented_app("OPD trainer", "One run: health, metrics, and its state with remaining time and alarms.")
     registry = CollectorRegistry()
     registry.register(_StatusCollector(status))
 
     @app.get("/healthz")
     def healthz() -> dict[str, str]:
+        """The process lives."""
         return {"status": "alive"}
 
     @app.get("/readyz")
     def readyz(response: Response) -> dict[str, str]:
+        """200 while the run trains or evaluates."""
         state = status.snapshot.state
         response.status_code = 200 if state in READY_STATES else 503
         return {"status": state}
 
     @app.get("/metrics")
     def metrics() -> Response:
+        """Prometheus's text format, of the last step."""
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/run")
     def run() -> dict[str, Any]:
+        """State, step, remaining time, the last step's metrics, alarms with their evidence."""
         return asdict(status.snapshot)
 
     return app

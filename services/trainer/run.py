@@ -6,14 +6,16 @@ imported before the configuration is accepted.
 """
 
 import logging
-import sys
+import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
 from opd.errors import InternalError, OpdError
 from opd.lifecycle import die_with_parent
-from opd.logs import configure_logging
+from opd.logs import configure_logging, give_up
 from opd.settings import load_settings
+from opd.tracing import configure_tracing
 from services.trainer.alarms.desk import StoppedByAlarm
 from services.trainer.config import TrainSettings
 from services.trainer.loggers.config import require_packages
@@ -32,9 +34,18 @@ def run_training(config_path: Path | None, overrides: Sequence[str], *, resume: 
         settings = load_settings(TrainSettings, config_path, overrides)
     except OpdError as error:
         return _refuse(error, REFUSED)
-    configure_logging(settings.log.level, as_json=settings.log.as_json)
-    with StopSignal() as stop:
-        return _run(settings, stop, resume=resume)
+    configure_logging(settings.log.level, as_json=settings.log.as_json, with_requests=settings.log.requests)
+    try:
+        close_tracing = configure_tracing(
+            settings.tracing, service="opd-trainer", instance=f"{socket.gethostname()}-{os.getpid()}"
+        )
+    except OpdError as error:
+        return _refuse(error, REFUSED)
+    try:
+        with StopSignal() as stop:
+            return _run(settings, stop, resume=resume)
+    finally:
+        close_tracing()
 
 
 def _run(settings: TrainSettings, stop: StopSignal, *, resume: bool) -> int:
@@ -66,5 +77,5 @@ def _refuse(error: OpdError, code: int) -> int:
     # A fault of our own needs its traceback; a user's needs its one line.
     if isinstance(error, InternalError):
         _log.error("internal error", exc_info=error)
-    sys.stderr.write(f"opd train: {error.message}\n")
+    give_up("opd train", error)
     return code

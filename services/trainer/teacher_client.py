@@ -16,6 +16,7 @@ import numpy as np
 from opd.errors import InternalError, NonFiniteError, TeacherUnavailableError, UnsupportedError
 from opd.types import Capability, Encoding, Ids, Rollout, ScoreReply, ScoreRequest, Scores, TeacherInfo
 from opd.vocabulary import Vocabulary, check_same_vocabulary
+from services.trainer.journey import RolloutJourney
 
 _log = logging.getLogger(__name__)
 _POLL_S = 1.0
@@ -84,6 +85,7 @@ class TeacherClient:
         self._vocabulary = vocabulary
         self._student_name = student_name
         self._info: TeacherInfo | None = None
+        self._pinned_at_s = time.time()
         self._told: list[Capability] = []
 
     @property
@@ -117,6 +119,7 @@ class TeacherClient:
 
     def pin(self) -> str:
         """Called once a step: asks who serves now, accepts a new fingerprint, returns the pinned one."""
+        self._pinned_at_s = time.time()
         try:
             current = self._client.info()
         except TeacherUnavailableError as error:
@@ -155,23 +158,29 @@ class TeacherClient:
         That is its log-probs at the rollout's sampled and support ids, its own top-k, and entropy.
         """
         wants, asked = self._wants, self._asked(self.info)
-        return self._client.submit(
-            ScoreRequest(
-                rollout_id=rollout.rollout_id,
-                tenant=wants.tenant,
-                teacher=wants.teacher,
-                prompt_token_ids=teacher_prompt_token_ids,
-                response_token_ids=rollout.response_token_ids,
-                candidate_token_ids=rollout.topk_token_ids if Capability.CANDIDATE_LOGPROBS in asked else None,
-                score_top_k=wants.score_top_k if Capability.TEACHER_TOP_K in asked else 0,
-                wants_sampled=Capability.SAMPLED_LOGPROBS in asked,
-                wants_entropy=Capability.ENTROPY in asked,
-                wants_hidden_states=Capability.HIDDEN_STATES in asked,
-                teacher_temperature=wants.teacher_temperature,
-                encoding=wants.encoding,
-                batch_invariant=wants.batch_invariant,
-                timeout_ms=wants.timeout_ms,
-                teacher_fingerprint=self.info.fingerprint,
+        sending = RolloutJourney.begin(
+            rollout, tenant=wants.tenant, teacher=wants.teacher, sampling_s=self._pinned_at_s
+        )
+        return sending.follow(
+            self._client.submit(
+                ScoreRequest(
+                    rollout_id=rollout.rollout_id,
+                    tenant=wants.tenant,
+                    teacher=wants.teacher,
+                    prompt_token_ids=teacher_prompt_token_ids,
+                    response_token_ids=rollout.response_token_ids,
+                    candidate_token_ids=rollout.topk_token_ids if Capability.CANDIDATE_LOGPROBS in asked else None,
+                    score_top_k=wants.score_top_k if Capability.TEACHER_TOP_K in asked else 0,
+                    wants_sampled=Capability.SAMPLED_LOGPROBS in asked,
+                    wants_entropy=Capability.ENTROPY in asked,
+                    wants_hidden_states=Capability.HIDDEN_STATES in asked,
+                    teacher_temperature=wants.teacher_temperature,
+                    encoding=wants.encoding,
+                    batch_invariant=wants.batch_invariant,
+                    timeout_ms=wants.timeout_ms,
+                    teacher_fingerprint=self.info.fingerprint,
+                    traceparent=sending.traceparent,
+                )
             )
         )
 

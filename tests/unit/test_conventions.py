@@ -63,6 +63,9 @@ def test_the_two_services_never_import_each_other() -> None:
 
 def test_opd_is_light() -> None:
     heavy = ("torch", "transformers", "vllm", "fastapi", "uvicorn")
+    # Where traces are made, and there only once they are asked for.
+    assert offenders(sources("opd", "services"), "opentelemetry", top_level_only=True) == []
+    assert offenders(without(sources(*PACKAGES), "opd/tracing.py"), "opentelemetry") == []
     assert offenders(without(sources("opd"), "opd/ops/"), *heavy) == []
 
 

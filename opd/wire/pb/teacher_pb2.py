@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14opd/v1/teacher.proto\x12\x06opd.v1\"U\n\x05\x41rray\x12\x1c\n\x05\x64type\x18\x01 \x01(\x0e\x32\r.opd.v1.DType\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x11\n\tbit_width\x18\x04 \x01(\r\"\xd5\x04\n\x0cScoreRequest\x12\x12\n\nrollout_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63ontent_key\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x0f\n\x07teacher\x18\x05 \x01(\t\x12\'\n\x10prompt_token_ids\x18\x06 \x01(\x0b\x32\r.opd.v1.Array\x12)\n\x12response_token_ids\x18\x07 \x01(\x0b\x32\r.opd.v1.Array\x12\"\n\x0bscored_rows\x18\x08 \x01(\x0b\x32\r.opd.v1.Array\x12*\n\x13\x63\x61ndidate_token_ids\x18\t \x01(\x0b\x32\r.opd.v1.Array\x12\x13\n\x0bscore_top_k\x18\n \x01(\r\x12\x1b\n\x13teacher_temperature\x18\x0b \x01(\x02\x12&\n\nnormalizer\x18\x0c \x01(\x0e\x32\x12.opd.v1.Normalizer\x12\"\n\x08\x65ncoding\x18\r \x01(\x0e\x32\x10.opd.v1.Encoding\x12\x15\n\rwants_sampled\x18\x0e \x01(\x08\x12\x15\n\rwants_entropy\x18\x0f \x01(\x08\x12\x1b\n\x13wants_hidden_states\x18\x10 \x01(\x08\x12\x17\n\x0f\x62\x61tch_invariant\x18\x11 \x01(\x08\x12\x12\n\ntimeout_ms\x18\x12 \x01(\r\x12\x1b\n\x13teacher_fingerprint\x18\x13 \x01(\tJ\x04\x08\x14\x10\x1eR\x07\x61\x64\x61pterR\x10prompt_embeddingR\x12privileged_context\"\xc6\x02\n\x06Scores\x12\'\n\x10sampled_logprobs\x18\x01 \x01(\x0b\x32\r.opd.v1.Array\x12)\n\x12\x63\x61ndidate_logprobs\x18\x02 \x01(\x0b\x32\r.opd.v1.Array\x12%\n\x0etopk_token_ids\x18\x03 \x01(\x0b\x32\r.opd.v1.Array\x12$\n\rtopk_logprobs\x18\x04 \x01(\x0b\x32\r.opd.v1.Array\x12\x1e\n\x07\x65ntropy\x18\x05 \x01(\x0b\x32\r.opd.v1.Array\x12$\n\rhidden_states\x18\x06 \x01(\x0b\x32\r.opd.v1.Array\x12\x34\n\x12topk_by_candidates\x18\x07 \x01(\x0b\x32\x18.opd.v1.TopkByCandidatesJ\x04\x08\x08\x10\x10R\x0elog_normalizerR\ttail_mass\"\xa9\x01\n\x10TopkByCandidates\x12\t\n\x01k\x18\x01 \x01(\r\x12\x1e\n\x07members\x18\x02 \x01(\x0b\x32\r.opd.v1.Array\x12&\n\x0fother_token_ids\x18\x03 \x01(\x0b\x32\r.opd.v1.Array\x12%\n\x0eother_logprobs\x18\x04 \x01(\x0b\x32\r.opd.v1.Array\x12\x1b\n\x04rows\x18\x05 \x01(\x0b\x32\r.opd.v1.Array\"Q\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\r\"\xc6\x01\n\nScoreReply\x12\x12\n\nrollout_id\x18\x01 \x01(\t\x12\x1b\n\x13teacher_fingerprint\x18\x02 \x01(\t\x12 \n\x06scores\x18\x03 \x01(\x0b\x32\x0e.opd.v1.ScoresH\x00\x12\x1e\n\x05\x65rror\x18\x04 \x01(\x0b\x32\r.opd.v1.ErrorH\x00\x12\x10\n\x08queue_ms\x18\x05 \x01(\x02\x12\x11\n\tengine_ms\x18\x06 \x01(\x02\x12\x0f\n\x07replica\x18\x07 \x01(\tB\t\n\x07outcomeJ\x04\x08\x08\x10\x10\"2\n\rScoreResponse\x12!\n\x05reply\x18\x01 \x01(\x0b\x32\x12.opd.v1.ScoreReply\";\n\x12ScoreStreamRequest\x12%\n\x07request\x18\x01 \x01(\x0b\x32\x14.opd.v1.ScoreRequest\"\\\n\x13ScoreStreamResponse\x12\x11\n\tfirst_row\x18\x01 \x01(\r\x12!\n\x05reply\x18\x02 \x01(\x0b\x32\x12.opd.v1.ScoreReply\x12\x0f\n\x07is_last\x18\x03 \x01(\x08\"!\n\x0eGetInfoRequest\x12\x0f\n\x07teacher\x18\x01 \x01(\t\"\xd7\x04\n\x0fGetInfoResponse\x12\x0f\n\x07teacher\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\x12\x12\n\nvocab_rows\x18\x05 \x01(\r\x12\x17\n\x0fnum_defined_ids\x18\x06 \x01(\r\x12\x13\n\x0bid_map_hash\x18\x07 \x01(\t\x12\x42\n\x0especial_tokens\x18\x08 \x03(\x0b\x32*.opd.v1.GetInfoResponse.SpecialTokensEntry\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\x1a\n\x12\x63hat_template_hash\x18\n \x01(\t\x12\r\n\x05\x64type\x18\x0b \x01(\t\x12\x13\n\x0bmax_context\x18\x0c \x01(\r\x12\x16\n\x0emax_candidates\x18\r \x01(\r\x12\x17\n\x0fmax_score_top_k\x18\x0e \x01(\r\x12\x18\n\x10max_batch_tokens\x18\x0f \x01(\r\x12\x19\n\x11max_message_bytes\x18\x10 \x01(\x04\x12\x14\n\x0c\x63\x61pabilities\x18\x11 \x03(\t\x12\x0f\n\x07version\x18\x12 \x01(\t\x12\x13\n\x0bhidden_size\x18\x13 \x01(\r\x12\x18\n\x10output_head_hash\x18\x14 \x01(\t\x12\x13\n\x0blogit_scale\x18\x15 \x01(\x01\x12\x15\n\rlogit_softcap\x18\x16 \x01(\x01\x1a\x34\n\x12SpecialTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01J\x04\x08\x17\x10\x1e\"=\n\x14GetOutputHeadRequest\x12\x0f\n\x07teacher\x18\x01 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\"\x86\x01\n\x15GetOutputHeadResponse\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x1c\n\x05\x64type\x18\x03 \x01(\x0e\x32\r.opd.v1.DType\x12\x14\n\x0coffset_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12\x0c\n\x04\x62ias\x18\x06 \x01(\x0c*\x9f\x01\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x44TYPE_INT32\x10\x01\x12\x11\n\rDTYPE_FLOAT32\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x0e\n\nDTYPE_BOOL\x10\x04\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x05\x12\x14\n\x10\x44TYPE_PACKED_IDS\x10\x06\x12\x0e\n\nDTYPE_BITS\x10\x07*P\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45NCODING_FLOAT32\x10\x01\x12\x14\n\x10\x45NCODING_FLOAT16\x10\x02*=\n\nNormalizer\x12\x1a\n\x16NORMALIZER_UNSPECIFIED\x10\x00\x12\x13\n\x0fNORMALIZER_FULL\x10\x01\x32\x9c\x02\n\x0eTeacherService\x12:\n\x07GetInfo\x12\x16.opd.v1.GetInfoRequest\x1a\x17.opd.v1.GetInfoResponse\x12\x34\n\x05Score\x12\x14.opd.v1.ScoreRequest\x1a\x15.opd.v1.ScoreResponse\x12H\n\x0bScoreStream\x12\x1a.opd.v1.ScoreStreamRequest\x1a\x1b.opd.v1.ScoreStreamResponse0\x01\x12N\n\rGetOutputHead\x12\x1c.opd.v1.GetOutputHeadRequest\x1a\x1d.opd.v1.GetOutputHeadResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14opd/v1/teacher.proto\x12\x06opd.v1\"U\n\x05\x41rray\x12\x1c\n\x05\x64type\x18\x01 \x01(\x0e\x32\r.opd.v1.DType\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x11\n\tbit_width\x18\x04 \x01(\r\"\xea\x04\n\x0cScoreRequest\x12\x12\n\nrollout_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63ontent_key\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x0f\n\x07teacher\x18\x05 \x01(\t\x12\'\n\x10prompt_token_ids\x18\x06 \x01(\x0b\x32\r.opd.v1.Array\x12)\n\x12response_token_ids\x18\x07 \x01(\x0b\x32\r.opd.v1.Array\x12\"\n\x0bscored_rows\x18\x08 \x01(\x0b\x32\r.opd.v1.Array\x12*\n\x13\x63\x61ndidate_token_ids\x18\t \x01(\x0b\x32\r.opd.v1.Array\x12\x13\n\x0bscore_top_k\x18\n \x01(\r\x12\x1b\n\x13teacher_temperature\x18\x0b \x01(\x02\x12&\n\nnormalizer\x18\x0c \x01(\x0e\x32\x12.opd.v1.Normalizer\x12\"\n\x08\x65ncoding\x18\r \x01(\x0e\x32\x10.opd.v1.Encoding\x12\x15\n\rwants_sampled\x18\x0e \x01(\x08\x12\x15\n\rwants_entropy\x18\x0f \x01(\x08\x12\x1b\n\x13wants_hidden_states\x18\x10 \x01(\x08\x12\x17\n\x0f\x62\x61tch_invariant\x18\x11 \x01(\x08\x12\x12\n\ntimeout_ms\x18\x12 \x01(\r\x12\x1b\n\x13teacher_fingerprint\x18\x13 \x01(\t\x12\x13\n\x0btraceparent\x18\x1e \x01(\tJ\x04\x08\x14\x10\x1eR\x07\x61\x64\x61pterR\x10prompt_embeddingR\x12privileged_context\"\xc6\x02\n\x06Scores\x12\'\n\x10sampled_logprobs\x18\x01 \x01(\x0b\x32\r.opd.v1.Array\x12)\n\x12\x63\x61ndidate_logprobs\x18\x02 \x01(\x0b\x32\r.opd.v1.Array\x12%\n\x0etopk_token_ids\x18\x03 \x01(\x0b\x32\r.opd.v1.Array\x12$\n\rtopk_logprobs\x18\x04 \x01(\x0b\x32\r.opd.v1.Array\x12\x1e\n\x07\x65ntropy\x18\x05 \x01(\x0b\x32\r.opd.v1.Array\x12$\n\rhidden_states\x18\x06 \x01(\x0b\x32\r.opd.v1.Array\x12\x34\n\x12topk_by_candidates\x18\x07 \x01(\x0b\x32\x18.opd.v1.TopkByCandidatesJ\x04\x08\x08\x10\x10R\x0elog_normalizerR\ttail_mass\"\xa9\x01\n\x10TopkByCandidates\x12\t\n\x01k\x18\x01 \x01(\r\x12\x1e\n\x07members\x18\x02 \x01(\x0b\x32\r.opd.v1.Array\x12&\n\x0fother_token_ids\x18\x03 \x01(\x0b\x32\r.opd.v1.Array\x12%\n\x0eother_logprobs\x18\x04 \x01(\x0b\x32\r.opd.v1.Array\x12\x1b\n\x04rows\x18\x05 \x01(\x0b\x32\r.opd.v1.Array\"Q\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\r\"\xc6\x01\n\nScoreReply\x12\x12\n\nrollout_id\x18\x01 \x01(\t\x12\x1b\n\x13teacher_fingerprint\x18\x02 \x01(\t\x12 \n\x06scores\x18\x03 \x01(\x0b\x32\x0e.opd.v1.ScoresH\x00\x12\x1e\n\x05\x65rror\x18\x04 \x01(\x0b\x32\r.opd.v1.ErrorH\x00\x12\x10\n\x08queue_ms\x18\x05 \x01(\x02\x12\x11\n\tengine_ms\x18\x06 \x01(\x02\x12\x0f\n\x07replica\x18\x07 \x01(\tB\t\n\x07outcomeJ\x04\x08\x08\x10\x10\"2\n\rScoreResponse\x12!\n\x05reply\x18\x01 \x01(\x0b\x32\x12.opd.v1.ScoreReply\";\n\x12ScoreStreamRequest\x12%\n\x07request\x18\x01 \x01(\x0b\x32\x14.opd.v1.ScoreRequest\"\\\n\x13ScoreStreamResponse\x12\x11\n\tfirst_row\x18\x01 \x01(\r\x12!\n\x05reply\x18\x02 \x01(\x0b\x32\x12.opd.v1.ScoreReply\x12\x0f\n\x07is_last\x18\x03 \x01(\x08\"!\n\x0eGetInfoRequest\x12\x0f\n\x07teacher\x18\x01 \x01(\t\"\xd7\x04\n\x0fGetInfoResponse\x12\x0f\n\x07teacher\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x04 \x01(\t\x12\x12\n\nvocab_rows\x18\x05 \x01(\r\x12\x17\n\x0fnum_defined_ids\x18\x06 \x01(\r\x12\x13\n\x0bid_map_hash\x18\x07 \x01(\t\x12\x42\n\x0especial_tokens\x18\x08 \x03(\x0b\x32*.opd.v1.GetInfoResponse.SpecialTokensEntry\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\x1a\n\x12\x63hat_template_hash\x18\n \x01(\t\x12\r\n\x05\x64type\x18\x0b \x01(\t\x12\x13\n\x0bmax_context\x18\x0c \x01(\r\x12\x16\n\x0emax_candidates\x18\r \x01(\r\x12\x17\n\x0fmax_score_top_k\x18\x0e \x01(\r\x12\x18\n\x10max_batch_tokens\x18\x0f \x01(\r\x12\x19\n\x11max_message_bytes\x18\x10 \x01(\x04\x12\x14\n\x0c\x63\x61pabilities\x18\x11 \x03(\t\x12\x0f\n\x07version\x18\x12 \x01(\t\x12\x13\n\x0bhidden_size\x18\x13 \x01(\r\x12\x18\n\x10output_head_hash\x18\x14 \x01(\t\x12\x13\n\x0blogit_scale\x18\x15 \x01(\x01\x12\x15\n\rlogit_softcap\x18\x16 \x01(\x01\x1a\x34\n\x12SpecialTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01J\x04\x08\x17\x10\x1e\"=\n\x14GetOutputHeadRequest\x12\x0f\n\x07teacher\x18\x01 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\"\x86\x01\n\x15GetOutputHeadResponse\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x1c\n\x05\x64type\x18\x03 \x01(\x0e\x32\r.opd.v1.DType\x12\x14\n\x0coffset_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12\x0c\n\x04\x62ias\x18\x06 \x01(\x0c*\x9f\x01\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x44TYPE_INT32\x10\x01\x12\x11\n\rDTYPE_FLOAT32\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x0e\n\nDTYPE_BOOL\x10\x04\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x05\x12\x14\n\x10\x44TYPE_PACKED_IDS\x10\x06\x12\x0e\n\nDTYPE_BITS\x10\x07*P\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45NCODING_FLOAT32\x10\x01\x12\x14\n\x10\x45NCODING_FLOAT16\x10\x02*=\n\nNormalizer\x12\x1a\n\x16NORMALIZER_UNSPECIFIED\x10\x00\x12\x13\n\x0fNORMALIZER_FULL\x10\x01\x32\x9c\x02\n\x0eTeacherService\x12:\n\x07GetInfo\x12\x16.opd.v1.GetInfoRequest\x1a\x17.opd.v1.GetInfoResponse\x12\x34\n\x05Score\x12\x14.opd.v1.ScoreRequest\x1a\x15.opd.v1.ScoreResponse\x12H\n\x0bScoreStream\x12\x1a.opd.v1.ScoreStreamRequest\x1a\x1b.opd.v1.ScoreStreamResponse0\x01\x12N\n\rGetOutputHead\x12\x1c.opd.v1.GetOutputHeadRequest\x1a\x1d.opd.v1.GetOutputHeadResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,40 +33,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETINFORESPONSE_SPECIALTOKENSENTRY']._loaded_options = None
   _globals['_GETINFORESPONSE_SPECIALTOKENSENTRY']._serialized_options = b'8\001'
-  _globals['_DTYPE']._serialized_start=2549
-  _globals['_DTYPE']._serialized_end=2708
-  _globals['_ENCODING']._serialized_start=2710
-  _globals['_ENCODING']._serialized_end=2790
-  _globals['_NORMALIZER']._serialized_start=2792
-  _globals['_NORMALIZER']._serialized_end=2853
+  _globals['_DTYPE']._serialized_start=2570
+  _globals['_DTYPE']._serialized_end=2729
+  _globals['_ENCODING']._serialized_start=2731
+  _globals['_ENCODING']._serialized_end=2811
+  _globals['_NORMALIZER']._serialized_start=2813
+  _globals['_NORMALIZER']._serialized_end=2874
   _globals['_ARRAY']._serialized_start=32
   _globals['_ARRAY']._serialized_end=117
   _globals['_SCOREREQUEST']._serialized_start=120
-  _globals['_SCOREREQUEST']._serialized_end=717
-  _globals['_SCORES']._serialized_start=720
-  _globals['_SCORES']._serialized_end=1046
-  _globals['_TOPKBYCANDIDATES']._serialized_start=1049
-  _globals['_TOPKBYCANDIDATES']._serialized_end=1218
-  _globals['_ERROR']._serialized_start=1220
-  _globals['_ERROR']._serialized_end=1301
-  _globals['_SCOREREPLY']._serialized_start=1304
-  _globals['_SCOREREPLY']._serialized_end=1502
-  _globals['_SCORERESPONSE']._serialized_start=1504
-  _globals['_SCORERESPONSE']._serialized_end=1554
-  _globals['_SCORESTREAMREQUEST']._serialized_start=1556
-  _globals['_SCORESTREAMREQUEST']._serialized_end=1615
-  _globals['_SCORESTREAMRESPONSE']._serialized_start=1617
-  _globals['_SCORESTREAMRESPONSE']._serialized_end=1709
-  _globals['_GETINFOREQUEST']._serialized_start=1711
-  _globals['_GETINFOREQUEST']._serialized_end=1744
-  _globals['_GETINFORESPONSE']._serialized_start=1747
-  _globals['_GETINFORESPONSE']._serialized_end=2346
-  _globals['_GETINFORESPONSE_SPECIALTOKENSENTRY']._serialized_start=2288
-  _globals['_GETINFORESPONSE_SPECIALTOKENSENTRY']._serialized_end=2340
-  _globals['_GETOUTPUTHEADREQUEST']._serialized_start=2348
-  _globals['_GETOUTPUTHEADREQUEST']._serialized_end=2409
-  _globals['_GETOUTPUTHEADRESPONSE']._serialized_start=2412
-  _globals['_GETOUTPUTHEADRESPONSE']._serialized_end=2546
-  _globals['_TEACHERSERVICE']._serialized_start=2856
-  _globals['_TEACHERSERVICE']._serialized_end=3140
+  _globals['_SCOREREQUEST']._serialized_end=738
+  _globals['_SCORES']._serialized_start=741
+  _globals['_SCORES']._serialized_end=1067
+  _globals['_TOPKBYCANDIDATES']._serialized_start=1070
+  _globals['_TOPKBYCANDIDATES']._serialized_end=1239
+  _globals['_ERROR']._serialized_start=1241
+  _globals['_ERROR']._serialized_end=1322
+  _globals['_SCOREREPLY']._serialized_start=1325
+  _globals['_SCOREREPLY']._serialized_end=1523
+  _globals['_SCORERESPONSE']._serialized_start=1525
+  _globals['_SCORERESPONSE']._serialized_end=1575
+  _globals['_SCORESTREAMREQUEST']._serialized_start=1577
+  _globals['_SCORESTREAMREQUEST']._serialized_end=1636
+  _globals['_SCORESTREAMRESPONSE']._serialized_start=1638
+  _globals['_SCORESTREAMRESPONSE']._serialized_end=1730
+  _globals['_GETINFOREQUEST']._serialized_start=1732
+  _globals['_GETINFOREQUEST']._serialized_end=1765
+  _globals['_GETINFORESPONSE']._serialized_start=1768
+  _globals['_GETINFORESPONSE']._serialized_end=2367
+  _globals['_GETINFORESPONSE_SPECIALTOKENSENTRY']._serialized_start=2309
+  _globals['_GETINFORESPONSE_SPECIALTOKENSENTRY']._serialized_end=2361
+  _globals['_GETOUTPUTHEADREQUEST']._serialized_start=2369
+  _globals['_GETOUTPUTHEADREQUEST']._serialized_end=2430
+  _globals['_GETOUTPUTHEADRESPONSE']._serialized_start=2433
+  _globals['_GETOUTPUTHEADRESPONSE']._serialized_end=2567
+  _globals['_TEACHERSERVICE']._serialized_start=2877
+  _globals['_TEACHERSERVICE']._serialized_end=3161
 # @@protoc_insertion_point(module_scope)

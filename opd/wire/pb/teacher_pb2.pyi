@@ -55,7 +55,7 @@ class Array(_message.Message):
     def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ..., bit_width: _Optional[int] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("rollout_id", "content_key", "attempt", "tenant", "teacher", "prompt_token_ids", "response_token_ids", "scored_rows", "candidate_token_ids", "score_top_k", "teacher_temperature", "normalizer", "encoding", "wants_sampled", "wants_entropy", "wants_hidden_states", "batch_invariant", "timeout_ms", "teacher_fingerprint")
+    __slots__ = ("rollout_id", "content_key", "attempt", "tenant", "teacher", "prompt_token_ids", "response_token_ids", "scored_rows", "candidate_token_ids", "score_top_k", "teacher_temperature", "normalizer", "encoding", "wants_sampled", "wants_entropy", "wants_hidden_states", "batch_invariant", "timeout_ms", "teacher_fingerprint", "traceparent")
     ROLLOUT_ID_FIELD_NUMBER: _ClassVar[int]
     CONTENT_KEY_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +75,7 @@ class ScoreRequest(_message.Message):
     BATCH_INVARIANT_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     TEACHER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     rollout_id: str
     content_key: bytes
     attempt: int
@@ -94,7 +95,8 @@ class ScoreRequest(_message.Message):
     batch_invariant: bool
     timeout_ms: int
     teacher_fingerprint: str
-    def __init__(self, rollout_id: _Optional[str] = ..., content_key: _Optional[bytes] = ..., attempt: _Optional[int] = ..., tenant: _Optional[str] = ..., teacher: _Optional[str] = ..., prompt_token_ids: _Optional[_Union[Array, _Mapping]] = ..., response_token_ids: _Optional[_Union[Array, _Mapping]] = ..., scored_rows: _Optional[_Union[Array, _Mapping]] = ..., candidate_token_ids: _Optional[_Union[Array, _Mapping]] = ..., score_top_k: _Optional[int] = ..., teacher_temperature: _Optional[float] = ..., normalizer: _Optional[_Union[Normalizer, str]] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., wants_sampled: bool = ..., wants_entropy: bool = ..., wants_hidden_states: bool = ..., batch_invariant: bool = ..., timeout_ms: _Optional[int] = ..., teacher_fingerprint: _Optional[str] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, rollout_id: _Optional[str] = ..., content_key: _Optional[bytes] = ..., attempt: _Optional[int] = ..., tenant: _Optional[str] = ..., teacher: _Optional[str] = ..., prompt_token_ids: _Optional[_Union[Array, _Mapping]] = ..., response_token_ids: _Optional[_Union[Array, _Mapping]] = ..., scored_rows: _Optional[_Union[Array, _Mapping]] = ..., candidate_token_ids: _Optional[_Union[Array, _Mapping]] = ..., score_top_k: _Optional[int] = ..., teacher_temperature: _Optional[float] = ..., normalizer: _Optional[_Union[Normalizer, str]] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., wants_sampled: bool = ..., wants_entropy: bool = ..., wants_hidden_states: bool = ..., batch_invariant: bool = ..., timeout_ms: _Optional[int] = ..., teacher_fingerprint: _Optional[str] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class Scores(_message.Message):
     __slots__ = ("sampled_logprobs", "candidate_logprobs", "topk_token_ids", "topk_logprobs", "entropy", "hidden_states", "topk_by_candidates")

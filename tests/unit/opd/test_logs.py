@@ -3,7 +3,7 @@
 import json
 import logging
 
-from opd.logs import JsonFormatter, configure_logging
+from opd.logs import REQUEST_LOG, JsonFormatter, bound, configure_logging
 
 
 def test_a_line_is_json_with_its_extras() -> None:
@@ -21,6 +21,28 @@ def test_configuring_twice_logs_once() -> None:
         configure_logging("debug")
         configure_logging("info", as_json=True)
         assert len(root.handlers) == 1 and root.level == logging.INFO
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+def test_what_is_bound_stands_in_every_line_within_and_replaces_nothing_of_the_line() -> None:
+    record = logging.makeLogRecord({"name": "opd", "levelname": "INFO", "msg": "said", "tenant": "code"})
+    with bound(tenant="math", rollout='a"\n', message="none", level="none"), bound(policy_version=3):
+        entry = json.loads(JsonFormatter().format(record))
+    assert (entry["tenant"], entry["rollout"], entry["policy_version"]) == ("code", 'a"\n', 3)
+    assert (entry["message"], entry["level"]) == ("said", "info")
+    assert "rollout" not in json.loads(JsonFormatter().format(record))
+
+
+def test_requests_are_logged_only_where_asked_for() -> None:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        configure_logging("info")
+        assert not logging.getLogger(REQUEST_LOG).isEnabledFor(logging.INFO)
+        configure_logging("info", with_requests=True)
+        assert logging.getLogger(REQUEST_LOG).isEnabledFor(logging.INFO)
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)

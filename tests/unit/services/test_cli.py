@@ -13,7 +13,7 @@ COMMANDS = (
     [], ["demo"], ["teacher"], ["teacher", "serve"], ["pool"], ["pool", "serve"], ["pool", "promote"], ["pool", "dead"],
     ["pool", "dead", "list"], ["pool", "dead", "show"], ["pool", "status"], ["redis"], ["tenants"], ["tenants", "add"],
     ["train"], ["eval"], ["continuation"], ["auroc"], ["score"], ["report"], ["preflight"], ["data"], ["cold-start"],
-    ["experiment"], ["experiment", "list"], ["experiment", "run"], ["experiment", "report"],
+    ["doctor"], ["experiment"], ["experiment", "list"], ["experiment", "run"], ["experiment", "report"],
 )  # fmt: skip
 
 

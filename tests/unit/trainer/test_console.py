@@ -1,9 +1,14 @@
 """What a person sees of a run."""
 
 import io
+import json
+import logging
 
+import pytest
 from rich.console import Console
 
+from opd.errors import ConfigError
+from opd.logs import configure_logging, give_up
 from services.trainer.console import RunConsole, step_line
 
 METRICS = {"loss/reverse_kl": 0.12345, "distill/overlap_ratio": 0.5, "timing/step": 1.5, "optim/lr": 1e-3}
@@ -35,3 +40,21 @@ def test_on_a_terminal_there_is_a_bar_and_it_is_taken_away() -> None:
     assert "2/2" in shown and "step 2/2" in shown
     # The cursor is shown again, whatever came before.
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
+
+
+def test_where_logs_are_json_lines_are_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    stream = io.StringIO()
+    try:
+        configure_logging("info", as_json=True)
+        with RunConsole(Console(file=stream, force_terminal=True, width=100)) as console:
+            console.finish_step(1, 2, METRICS)
+        give_up("opd train", ConfigError('seed="x": is no number'))
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+    assert stream.getvalue() == ""
+    step, last = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    assert step["message"].startswith("step 1/2") and step["level"] == "info"
+    assert (last["message"], last["code"], last["level"]) == ('seed="x": is no number', "config", "error")
