@@ -1,12 +1,13 @@
 """deploy/kubernetes as kubectl renders it, and the tools that judge it, from .kubernetes/ or PATH.
 
-Where a tool is missing, `scripts/setup_kubernetes.sh` brings it; tests that need it are skipped, and fail under CI=true.
+`scripts/setup_kubernetes.sh` brings what is missing; a test that needs it is skipped until then, and fails under CI=true.
 """
 
 import functools
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,3 +121,22 @@ def secrets_of(workload: Object) -> Iterator[tuple[str, str]]:
     for volume in pod(workload)["volumes"]:
         if "secret" in volume:
             yield volume["secret"]["secretName"], mounts[volume["name"]]
+
+
+def make_secrets(folder: Path, pools: list[str], tenants: list[str]) -> list[Object]:
+    """What deploy/kubernetes/secrets.sh makes of a folder; needs no cluster."""
+    bin_folder = folder.with_name("bin")
+    bin_folder.mkdir(exist_ok=True)
+    if not (bin_folder / "kubectl").exists():
+        (bin_folder / "kubectl").symlink_to(tool("kubectl"))
+        (bin_folder / "opd").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m services.cli "$@"\n')
+        (bin_folder / "opd").chmod(0o755)
+    options = [word for name in pools for word in ("--pool", name)]
+    options += [word for name in tenants for word in ("--tenant", name)]
+    done = subprocess.run(
+        [str(MANIFESTS / "secrets.sh"), str(folder), *options],
+        capture_output=True, text=True, check=False, timeout=100, cwd=ROOT,
+        env={**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return list(yaml.safe_load_all(done.stdout))

@@ -29,7 +29,7 @@ SKIPPED = {
     "CKV_K8S_43": "our own images have no digest before they are built; who pins one does so with kustomize's images",
 }
 # Nothing is asked over the network: a proxy that is not there ends the linter's attempts at once.
-NO_NETWORK = {name: "http://127.0.0.1:9" for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")}
+NO_NETWORK = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
 # To, from, port; what stands in brackets is outside of the namespace.
 REACHES = {
     ("redis", "teacher", "redis"),
@@ -147,7 +147,9 @@ def test_only_pods_that_fetch_models_reach_the_world() -> None:
             for rule in policy["spec"].get("egress", [])
             if any("ipBlock" in peer for peer in rule["to"])
         ]
-        reached = {component(workload) for policy in outward for workload in workloads(objects) if matches(policy, workload)}
+        reached = {
+            component(workload) for policy in outward for workload in workloads(objects) if matches(policy, workload)
+        }
         assert reached == (set() if overlay == "cpu-demo" else {"teacher", "trainer"})
 
 
