@@ -1,6 +1,7 @@
 """deploy/kubernetes as kubectl renders it, and the tools that judge it, from .kubernetes/ or PATH.
 
-`scripts/setup_kubernetes.sh` brings what is missing; a test that needs it is skipped until then, and fails under CI=true.
+`scripts/setup_kubernetes.sh` brings what is missing; a test that needs it is skipped until then, and fails under
+CI=true.
 """
 
 import functools
@@ -140,3 +141,9 @@ def make_secrets(folder: Path, pools: list[str], tenants: list[str]) -> list[Obj
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))
+
+
+def relative(target: Path, start: Path) -> str:
+    """kustomize takes no absolute paths."""
+    up = [".."] * (len(start.resolve().parts) - 1)
+    return "/".join([*up, *target.resolve().parts[1:]])

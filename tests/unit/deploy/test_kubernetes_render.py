@@ -16,6 +16,7 @@ from tests.kubernetes import (
     of_kind,
     pod,
     pod_labels,
+    relative,
     render,
     render_text,
     workloads,
@@ -133,9 +134,3 @@ def test_an_external_redis_takes_the_place_of_ours(tmp_path: Path) -> None:
         if key in ("url", "pool-url")
     }
     assert len(urls) == 2 and all(url.startswith("rediss://") for url in urls)
-
-
-def relative(target: Path, start: Path) -> str:
-    """kustomize takes no absolute paths."""
-    up = [".."] * (len(start.resolve().parts) - 1)
-    return "/".join([*up, *target.resolve().parts[1:]])
