@@ -1,9 +1,9 @@
 """How much of everything do so many students need? `python -m benchmarks.capacity [--students 1000 ...]`
 
-Arithmetic, no measurement: what was measured comes in as `Costs`, with the benchmark that measured it beside each figure,
-and what only the reader can measure (tokens/s of a GPU, time of a step) as options. A student that scores so many tokens
-a second on average takes that share of every replica, of every link and of Redis; all else follows. The default load is
-the paper's batch (64 prompts, 4 rollouts each, k = 16) with shorter responses. No rate of a GPU has been measured.
+Arithmetic, no measurement: what was measured comes in as `Costs`, each figure with the benchmark that gave it, and what
+only the reader can measure (tokens/s of a GPU, time of a step) as options. A student that scores so many tokens a second
+on average takes that share of every replica, of every link and of Redis; all else follows. The default load is the
+paper's batch (64 prompts, 4 rollouts each, k = 16) with shorter responses. No rate of a GPU has been measured.
 """
 
 import argparse
@@ -27,8 +27,8 @@ class Costs:
     """Into and out of Redis together; `wire_bytes`, k = 16, float16."""
     cpu_ms_per_request: float = 1.31
     """Redis and replica together, 512 tokens a request; `pool_scaling`, two cores of a shared machine."""
-    redis_cpu_ms_per_request: float = 0.42
-    """Of that, Redis's own, which has one core for its commands; `pool_scaling`."""
+    redis_cpu_ms_per_request: float = 0.5
+    """Of that, Redis's own, which has one core for its commands; `pool_scaling --quick` on a busy machine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

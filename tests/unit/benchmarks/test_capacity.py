@@ -39,7 +39,7 @@ def test_one_load_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("change", "by"),
-    [({"redis_gib": 0.01}, "memory"), ({"redis_gbit_per_s": 0.01}, "network"), ({"redis_gib": 1e6}, "network")],
+    [({"redis_gib": 0.01}, "memory"), ({"redis_gbit_per_s": 0.01}, "network"), ({"redis_gib": 1e6}, "cpu")],
 )
 def test_what_is_shortest_asks_for_shards(change: dict[str, float], by: str) -> None:
     need = capacity(replace(LOAD, **change), COSTS)  # type: ignore[arg-type]
