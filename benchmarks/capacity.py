@@ -130,7 +130,8 @@ def main() -> None:
         for name, value in asdict(cls()).items():
             parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"default {value}")
     given = vars(parser.parse_args())
-    load, costs = (cls(**{field.name: given[field.name] for field in fields(cls)}) for cls in (Load, Costs))
+    load = Load(**{field.name: given[field.name] for field in fields(Load)})
+    costs = Costs(**{field.name: given[field.name] for field in fields(Costs)})
     try:
         need = asdict(capacity(load, costs))
     except ValueError as error:
