@@ -4,6 +4,7 @@
 CI=true.
 """
 
+import copy
 import functools
 import os
 import shutil
@@ -51,7 +52,7 @@ def missing(what: str) -> str:
 def render_text(folder: Path) -> str:
     """What `kubectl apply -k` would send."""
     done = subprocess.run(
-        [tool("kubectl"), "kustomize", str(folder)], capture_output=True, text=True, timeout=60, check=False
+        [tool("kubectl"), "kustomize", str(folder)], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "kustomize warns"
@@ -59,7 +60,12 @@ def render_text(folder: Path) -> str:
 
 
 def render(overlay: str) -> list[Object]:
-    """The objects of an overlay, by its name."""
+    """The objects of an overlay, by its name; a copy of the caller's own."""
+    return copy.deepcopy(_parsed(overlay))
+
+
+@functools.cache
+def _parsed(overlay: str) -> list[Object]:
     return list(yaml.safe_load_all(render_text(MANIFESTS / "overlays" / overlay)))
 
 
@@ -136,7 +142,7 @@ def make_secrets(folder: Path, pools: list[str], tenants: list[str]) -> list[Obj
     options += [word for name in tenants for word in ("--tenant", name)]
     done = subprocess.run(
         [str(MANIFESTS / "secrets.sh"), str(folder), *options],
-        capture_output=True, text=True, check=False, timeout=100, cwd=ROOT,
+        capture_output=True, text=True, check=False, timeout=250, cwd=ROOT,
         env={**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

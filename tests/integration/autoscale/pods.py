@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.kubernetes import ROOT, Object, component, container, named, of_component, pod
 
-PATIENCE_S = 240.0
+PATIENCE_S = 300.0
 IN_IMAGE = {
     "/models/": f"{ROOT}/testbed/models/",
     "/opt/opd/lib/python3.11/site-packages/": f"{ROOT}/",
@@ -155,7 +155,7 @@ class Cluster:
         found = places | IN_IMAGE | {address: f"127.0.0.1:{port}" for address, port in self.ports.items()}
         # In one go, so that nothing is put in place twice; the longest first.
         pattern = "|".join(re.escape(there) for there in sorted(found, key=len, reverse=True))
-        text = re.sub(pattern, lambda match: found[match.group()], text)
+        text = re.sub(rf"(?<![\w.-])(?:{pattern})", lambda match: found[match.group()], text)
         # Nothing of a test listens beyond this machine.
         text = text.replace('"0.0.0.0"', '"127.0.0.1"').replace("port 6379", self._redis_listener())
         return text.replace("port = 8090", f"port = {self.ports['opd-pool-status.opd.svc:8090']}")

@@ -35,6 +35,9 @@ from tests.kubernetes import (
     workloads,
 )
 
+# Tools of some size start, on machines that have other things to do.
+pytestmark = pytest.mark.timeout(300)
+
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 SETTINGS: dict[str, Any] = {"teacher": TeacherConfig, "pool-status": PoolConfig, "trainer": TrainSettings}
 HTTP = {"teacher": http_api, "pool-status": pool, "trainer": trainer_http_api}

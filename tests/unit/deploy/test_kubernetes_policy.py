@@ -24,6 +24,9 @@ from tests.kubernetes import (
     workloads,
 )
 
+# Tools of some size start, on machines that have other things to do.
+pytestmark = pytest.mark.timeout(300)
+
 SKIPPED = {
     "CKV_K8S_15": "images that lie on the node already, as in a cluster for trying out, need no registry",
     "CKV_K8S_43": "our own images have no digest before they are built; who pins one does so with kustomize's images",
@@ -46,7 +49,7 @@ def lint(path: Path) -> dict[str, Any]:
     command = [tool("checkov"), "-f", str(path), "--framework", "kubernetes", "--skip-download", "--quiet"]
     command += ["--output", "json", "--skip-check", ",".join(SKIPPED)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=110, check=False, env={**os.environ, **NO_NETWORK}
+        command, capture_output=True, text=True, timeout=250, check=False, env={**os.environ, **NO_NETWORK}
     )
     assert done.stdout.startswith("{"), done.stderr
     found: dict[str, Any] = json.loads(done.stdout)

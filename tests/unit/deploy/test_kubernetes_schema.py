@@ -11,6 +11,9 @@ import yaml
 
 from tests.kubernetes import MANIFESTS, OVERLAYS, TOOLS, keda_schemas, named, of_kind, render, tool
 
+# Tools of some size start, on machines that have other things to do.
+pytestmark = pytest.mark.timeout(300)
+
 # The oldest and the newest that the documentation names.
 VERSIONS = ("1.29", "1.37")
 VALIDATE_KEDA = """
@@ -24,7 +27,7 @@ new ScaledObject(JSON.parse(text)).validate();
 def complaints(version: str, *paths: Path) -> str:
     """Of the strict validator; empty where all files are sound."""
     command = [tool("kubernetes-validate"), "--strict", "--quiet", "-k", version, *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     return "" if done.returncode == 0 else done.stdout + done.stderr
 
 
