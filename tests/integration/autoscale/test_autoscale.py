@@ -29,7 +29,7 @@ PATCH = [
     {"op": "replace", "path": "/spec/triggers/0/metadata/targetValue", "value": "8192"},
 ]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_a_students_first_request_wakes_it_and_nothing_is_lost(cluster: Cluster,
         "trainer", "steps=2", "optim.warmup_steps=1", "rollout.prompts_per_step=4", "rollout.max_response_tokens=64",
         "evaluation.files=[]", "http.port=0",
     )  # fmt: skip
-    assert trainer.wait(400) == 0, trainer.log
+    assert trainer.wait(700) == 0, trainer.log
     (summary,) = cluster.folder.glob("claims-trainer/runs/demo/train_summary.json")
     counts = json.loads(summary.read_text(encoding="utf-8"))
     assert (counts["steps"], counts["rollouts_sent"], counts["rollouts_scored"], counts["rollouts_lost"]) == (
