@@ -1,8 +1,8 @@
 """How much of everything do so many students need? `python -m benchmarks.capacity [--students 1000 ...]`
 
 Arithmetic, no measurement: what was measured comes in as `Costs`, each figure with the benchmark that gave it, and what
-only the reader can measure (tokens/s of a GPU, time of a step) as options. A student that scores so many tokens a second
-on average takes that share of every replica, of every link and of Redis; all else follows. The default load is the
+only the reader can measure (tokens/s of a GPU, time of a step) as options. A student that scores so many tokens in a
+second on average takes its share of every replica, every link and Redis; all else follows. The default load is the
 paper's batch (64 prompts, 4 rollouts each, k = 16) with shorter responses. No rate of a GPU has been measured.
 """
 
