@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import typer.main
 import yaml
-from click import Context, Group
+from typer.core import TyperGroup
 
 from opd.settings import load_settings
 from opd.wire.pb.teacher_pb2 import DESCRIPTOR
@@ -86,16 +86,22 @@ def test_images_are_ours_of_this_version_or_the_redis_of_compose(objects: list[O
         assert '\nENTRYPOINT ["opd"]\n' in text
 
 
+def parse(words: list[str]) -> Any:
+    """The values of a command's parameters; an unknown command or option is refused, and nothing is run."""
+    command: Any = typer.main.get_command(app)
+    while isinstance(command, TyperGroup):
+        found = command.get_command(None, words[0])  # type: ignore[arg-type]
+        assert found is not None, words[0]
+        command, words = found, words[1:]
+    return command.make_context("opd", list(words)).params
+
+
 def test_commands_and_options_are_those_of_opd(objects: list[Object]) -> None:
     for workload in ours(objects):
-        command, context = typer.main.get_command(app), Context(typer.main.get_command(app))
-        words = list(container(workload)["args"])
-        while isinstance(command, Group):
-            found = command.get_command(context, words.pop(0))
-            assert found is not None
-            command = found
-        # Parses, and refuses what it does not know; nothing is run.
-        command.make_context("opd", words)
+        arguments = container(workload)["args"]
+        assert parse(arguments)["config"].as_posix() in arguments
+        with pytest.raises(Exception, match="--confog"):
+            parse([word.replace("--config", "--confog") for word in arguments])
 
 
 def test_configuration_loads_and_ports_and_probes_are_those_it_gives(objects: list[Object], tmp_path: Path) -> None:
