@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Makes what the manifests take from Secrets, and prints these Secrets for `kubectl apply -f -`. Needs the `opd` command and
+# kubectl, and asks no cluster. FOLDER keeps tokens and passwords: run it again, with more tenants say, and the others
+# stay as they are. Whoever can read the folder has every right.
+#
+#   deploy/kubernetes/secrets.sh FOLDER --pool teacher --tenant student | kubectl apply -f -
+set -euo pipefail
+usage() {
+    echo "usage: $0 FOLDER --pool NAME [--pool NAME ...] --tenant NAME [--tenant NAME ...]" >&2
+    exit 2
+}
+
+[ $# -gt 0 ] || usage
+folder=$1
+shift
+pools=()
+tenants=()
+while [ $# -gt 0 ]; do
+    [ $# -gt 1 ] || usage
+    case $1 in
+        --pool) pools+=("$2") ;;
+        --tenant) tenants+=("$2") ;;
+        *) usage ;;
+    esac
+    shift 2
+done
+[ ${#pools[@]} -gt 0 ] && [ ${#tenants[@]} -gt 0 ] || usage
+
+umask 077
+mkdir -p "$folder"
+secret() {  # 256 random bits, once
+    [ -s "$folder/$1" ] || head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' > "$folder/$1"
+}
+secret pool.password
+secret metrics.token
+for tenant in "${tenants[@]}"; do
+    [ -s "$folder/$tenant.token" ] \
+        || opd tenants add "$tenant" --file "$folder/tenants.toml" --token-file "$folder/$tenant.token" >&2
+done
+opd tenants acl --file "$folder/tenants.toml" "${pools[@]/#/--teacher=}" --pool-user pool \
+    --pool-password-file "$folder/pool.password" --close-default > "$folder/users.acl"
+
+show() {  # NAME KEY=FILE
+    echo "---"
+    kubectl create secret generic "$1" --namespace opd --from-file="${2%%=*}=$folder/${2#*=}" --dry-run=client -o yaml
+}
+show opd-tenants tenants.toml=tenants.toml
+show opd-redis-users users.acl=users.acl
+show opd-pool-password password=pool.password
+show opd-metrics-token token=metrics.token
+for tenant in "${tenants[@]}"; do
+    show "opd-token-$tenant" "token=$tenant.token"
+done

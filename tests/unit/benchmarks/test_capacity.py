@@ -1,0 +1,109 @@
+"""The arithmetic of capacity: by hand for one load, and how each need moves with what causes it."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.capacity import Costs, Load, capacity
+
+ROOT = Path(__file__).parents[3]
+COSTS = Costs(
+    link_bytes_per_token=100.0, redis_bytes_per_token=200.0, cpu_ms_per_request=3.0, redis_cpu_ms_per_request=1.0
+)
+LOAD = Load(
+    students=10, rollouts_per_step=100, prompt_tokens=100, response_tokens=900, step_s=50.0, peak=2.0,
+    teacher_tokens_per_s=5000.0, gpus_per_replica=2, utilisation=0.5, redis_gib=1.0, redis_gbit_per_s=1.0,
+)  # fmt: skip
+
+
+def test_one_load_by_hand() -> None:
+    need = capacity(LOAD, COSTS)
+    # 10 students x 100 rollouts in 50 s, twice that at the peak.
+    assert need.requests_per_s == pytest.approx(40)
+    assert need.scored_tokens_per_s == pytest.approx(40_000)
+    # A replica does 2,500 at half of its speed.
+    assert (need.replicas, need.gpus) == (16, 32)
+    # 90,000 response tokens of 100 bytes in 50 s.
+    assert need.student_mbit_per_s == pytest.approx(90_000 * 100 * 8 / 50 / 1e6)
+    assert need.redis_gbit_per_s == pytest.approx(40 * 900 * 200 * 8 / 1e9)
+    assert need.redis_cores == pytest.approx(0.04)
+    assert need.replica_overhead_cores == pytest.approx(0.08)
+    assert need.backlog_gib == pytest.approx(10 * 90_000 * 100 / 2**30)
+    assert (need.shards, need.shards_by) == (1, "memory")
+
+
+@pytest.mark.parametrize(
+    ("change", "by"),
+    [({"redis_gib": 0.01}, "memory"), ({"redis_gbit_per_s": 0.01}, "network"), ({"redis_gib": 1e6}, "cpu")],
+)
+def test_what_is_shortest_asks_for_shards(change: dict[str, float], by: str) -> None:
+    need = capacity(replace(LOAD, **change), COSTS)  # type: ignore[arg-type]
+    assert need.shards_by == by
+    assert need.shards >= 1
+    assert (need.shards > 1) == (min(change.values()) < 1)
+
+
+def test_commands_of_redis_can_be_what_is_shortest() -> None:
+    many = replace(LOAD, response_tokens=1, students=10_000, redis_gib=100.0)
+    need = capacity(many, COSTS)
+    assert (need.shards, need.shards_by) == (40, "cpu")
+
+
+def test_twice_the_students_need_twice_of_everything() -> None:
+    one, two = capacity(LOAD, COSTS), capacity(replace(LOAD, students=20), COSTS)
+    assert two.replicas == 2 * one.replicas
+    for name in ("requests_per_s", "redis_gbit_per_s", "redis_cores", "backlog_gib"):
+        assert getattr(two, name) == pytest.approx(2 * getattr(one, name))
+    assert two.student_mbit_per_s == one.student_mbit_per_s
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"students": 0}, "students=0: give more than 0"), ({"utilisation": 1.5}, "utilisation=1.5: is a share")],
+)
+def test_a_value_that_cannot_be_is_named(change: dict[str, float], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        capacity(replace(LOAD, **change))  # type: ignore[arg-type]
+
+
+def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "benchmarks.capacity", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100, check=False)
+
+
+def test_the_command_prints_one_object_and_refuses_in_one_line() -> None:
+    done = run("--students", "8", "--step-s", "60")
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["load"]["students"] == 8
+    assert found["replicas"] == capacity(Load(students=8, step_s=60.0)).replicas
+    refused = run("--students=-1")
+    assert refused.returncode == 2 and "students=-1" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_the_documentation_quotes_what_the_model_says() -> None:
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    need, costs = capacity(Load()), Costs()
+    for value in (
+        f"{need.requests_per_s:,.0f} requests/s",
+        f"{need.scored_tokens_per_s / 1e6:.1f} million tokens/s",
+        f"{need.replicas} replicas",
+        f"{need.student_mbit_per_s:.1f} Mbit/s",
+        f"{need.redis_gbit_per_s:.1f} Gbit/s",
+        f"{need.backlog_gib:.0f} GiB",
+        f"{need.shards} shards",
+        f"{costs.cpu_ms_per_request:g} ms",
+    ):
+        assert value in text, value
+
+
+def test_costs_are_those_of_the_decision_on_bytes() -> None:
+    text = (ROOT / "docs" / "decisions" / "0006-bytes-on-the-wire.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| 16 | **"))
+    cells = [cell.strip(" *") for cell in row.split("|")[1:-1]]
+    assert float(cells[1]) == Costs().link_bytes_per_token
+    assert float(cells[3]) == Costs().redis_bytes_per_token
