@@ -1,4 +1,4 @@
-"""Installations without some of the parts, such as the images: what to say where a command needs one that is not there."""
+"""Installations without some of the parts, such as the images: what to say where a command needs one of these."""
 
 _HOLDERS = {
     "services.trainer": "the image opd-trainer has it",

@@ -3,15 +3,17 @@
 # images share what they have in common while they are built. Run in the folder that holds pyproject.toml.
 #   install.sh core http     the project's own dependencies and those of the extra `http`
 #   install.sh models        torch (see TORCH_BACKEND below) and the rest of the extra `models`
-#   install.sh code          the packages that lie here, without dependencies; then leaves out what only developers need
+#   install.sh code MODULE.. the packages that lie here, and bytecode of all that MODULEs import: the root of a container
+#                            is read-only, and a process that compiles its imports at every start takes seconds longer
 # TORCH_BACKEND: cpu; cuda, the build on the package index; or a name that uv knows, such as cu128.
 # ENGINE: transformers, or vllm, which needs a CUDA build and brings vllm==VLLM_VERSION.
 set -eu
 backend=${TORCH_BACKEND:-cpu}
+engine=${ENGINE:-transformers}
 target=/opt/opd/bin/python
 site=$("$target" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-install() { python -m pip --python "$target" install --quiet --no-warn-script-location "$@"; }
+install() { python -m pip --python "$target" install --quiet --no-compile --no-warn-script-location "$@"; }
 
 requirements() {
     python - "$@" <<'PY'
@@ -46,31 +48,43 @@ from_backend() {
 }
 
 leave_out() {
-    # The last layer takes what is here: tests of others, headers and link libraries for compiling against them.
-    find "$site" -depth -type d \( -name tests -o -name test \) \
-        \( -path '*/numpy/*' -o -path '*/pandas/*' -o -path '*/pyarrow/*' -o -path '*/torch/*' \
-        -o -path '*/matplotlib/*' -o -path '*/sympy/*' -o -path '*/networkx/*' \) -exec rm -rf {} +
+    # What only its developers use: tests of numpy, pandas and the like, headers and libraries to link against.
+    for package in numpy pandas pyarrow matplotlib sympy networkx; do
+        [ ! -d "$site/$package" ] || find "$site/$package" -depth -type d -name tests -exec rm -rf {} +
+    done
     rm -rf "$site"/pyarrow/include "$site"/pyarrow/*.a
-    # CUDA engines compile kernels while they run; they keep torch's headers.
-    [ "$backend" != cpu ] || rm -rf "$site"/torch/include "$site"/torch/share "$site"/torch/lib/*.a
-    # pip's notes of where a file came from say nothing at run time.
-    find "$site" -name direct_url.json -delete
+    # CUDA engines compile kernels while they run, with torch's headers.
+    if [ "$backend" = cpu ] && [ -d "$site/torch" ]; then
+        rm -rf "$site"/torch/include "$site"/torch/share "$site"/torch/lib/*.a
+        find "$site/torch/bin" -type f ! -name torch_shm_manager -delete
+    fi
+}
+
+compile_imports() {
+    "$target" -m compileall -q "$site"/opd "$site"/services
+    [ "$engine" != vllm ] || "$target" -m compileall -q "$site"/vllm
+    # Importing writes the bytecode.
+    for module in "$@"; do
+        HOME=/tmp "$target" -c "import importlib, sys; importlib.import_module(sys.argv[1])" "$module"
+    done
 }
 
 case $1 in
 code)
+    shift
     install --no-deps .
     python -m pip --python "$target" check
-    leave_out
+    compile_imports "$@"
+    exit
     ;;
 models)
-    [ "${ENGINE:-transformers}" = transformers ] || [ "$backend" != cpu ] || {
+    if [ "$engine" = vllm ] && [ "$backend" = cpu ]; then
         echo "install: ENGINE=vllm with TORCH_BACKEND=cpu: needs a CUDA build; set TORCH_BACKEND=cuda" >&2
         exit 1
-    }
+    fi
     install_torch
     requirements core http models > /tmp/requirements.txt
-    [ "${ENGINE:-transformers}" != vllm ] || echo "vllm==$VLLM_VERSION" >> /tmp/requirements.txt
+    [ "$engine" != vllm ] || echo "vllm==$VLLM_VERSION" >> /tmp/requirements.txt
     install --find-links wheels -r /tmp/requirements.txt
     ;;
 *)
@@ -78,3 +92,4 @@ models)
     install -r /tmp/requirements.txt
     ;;
 esac
+leave_out

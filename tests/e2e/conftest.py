@@ -19,9 +19,13 @@ CACHE = ROOT / ".e2e"
 
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Docker]:
-    """A Docker engine; a machine that can have none skips, and fails under CI=true."""
+    """A Docker engine; a machine that can have none skips, and fails under CI=true.
+
+    OPD_E2E_ENGINE=FOLDER keeps the images of an engine of our own there: the next run builds only what has changed.
+    """
+    kept = os.environ.get("OPD_E2E_ENGINE")
     try:
-        with docker_engine(Path(tempfile.mkdtemp(prefix="opd-e2e-"))) as docker:
+        with docker_engine(Path(kept or tempfile.mkdtemp(prefix="opd-e2e-")), keeps_data=bool(kept)) as docker:
             yield docker
     except NoEngineError as error:
         if os.environ.get("CI") == "true":

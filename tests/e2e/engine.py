@@ -1,7 +1,7 @@
 """A Docker engine for the tests: the one that runs here, or one of our own that leaves nothing behind.
 
 An engine of our own is Debian's, in mount, process and (while containers run) network namespaces of its own. It and all
-its containers are processes under one `unshare`, which dies with us: whatever happens, nothing goes on. Images are built
+its containers are processes under one `unshare` that dies with us: whatever happens, nothing runs on. Images are built
 in the network of this machine, so that pip reaches its package index; then the engine is started again on the same data
 inside a network namespace, where compose's networks touch no rule of this machine.
 """
@@ -65,8 +65,11 @@ def call(
 
 
 @contextmanager
-def docker_engine(folder: Path) -> Iterator[Docker]:
-    """The running engine, or our own in `folder`, which is gone with it; NoEngineError says why there is none."""
+def docker_engine(folder: Path, *, keeps_data: bool = False) -> Iterator[Docker]:
+    """The running engine, or our own in `folder`, which is gone with it; NoEngineError says why there is none.
+
+    With `keeps_data` the folder and the images in it stay, for the next engine there.
+    """
     if _answers(os.environ):
         yield Docker(environ=os.environ, compose_command=_compose_command())
         return
@@ -82,7 +85,8 @@ def docker_engine(folder: Path) -> Iterator[Docker]:
         )
     finally:
         own.stop()
-        shutil.rmtree(folder, ignore_errors=True)
+        if not keeps_data:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class _OwnEngine:

@@ -1,6 +1,7 @@
 """What the compose files tell the services must be something they understand, and what they mount must be made."""
 
 import inspect
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def test_the_trainer_asks_for_the_pool_that_is_served() -> None:
     assert {"set_" if name == "set" else name for name in options} <= set(parameters)
     assert parameters["teacher"].default == served.teacher
     assert command[command.index("--redis-url") + 1] == served.redis_url
-    further = [value for name, value in zip(command, command[1:], strict=False) if name == "--set"]
+    further = [value for name, value in itertools.pairwise(command) if name == "--set"]
     settings = load_settings(TrainSettings, None, ["student.model=x", "data.files=['y']", *further])
     dockerfile = (ROOT / SERVICES["trainer"]["build"]["dockerfile"]).read_text(encoding="utf-8")
     assert f":{settings.http.port}/healthz" in dockerfile
