@@ -100,6 +100,8 @@ class _OwnEngine:
 
     def start(self, options: Sequence[str], *namespaces: str) -> None:
         (self._folder / "daemon.json").write_text("{}\n")
+        # What an engine that was killed has left; process ids mean nothing in a new namespace.
+        (self._folder / "pid").unlink(missing_ok=True)
         shutil.rmtree(self._folder / "exec", ignore_errors=True)
         files = {"data-root": "data", "exec-root": "exec", "pidfile": "pid", "config-file": "daemon.json"}
         engine = [

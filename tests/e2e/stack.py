@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,13 @@ class Stack:
     docker: Docker
     folder: Path
 
-    def compose(self, *arguments: str, check: bool = True, timeout_s: float = 600.0) -> str:
+    def compose(
+        self, *arguments: str, check: bool = True, timeout_s: float = 600.0, variables: Mapping[str, str] | None = None
+    ) -> str:
         """`docker-compose ...` in the checkout; standard output."""
         command = [*self.docker.compose_command, "--project-name", PROJECT, *arguments]
-        return call(command, self.docker.environ, cwd=self.folder, check=check, timeout_s=timeout_s)
+        environ = {**self.docker.environ, **(variables or {})}
+        return call(command, environ, cwd=self.folder, check=check, timeout_s=timeout_s)
 
     def containers(self, service: str) -> list[str]:
         """Ids of a service's containers, by number, stopped ones too."""

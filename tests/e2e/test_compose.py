@@ -19,6 +19,24 @@ TESTBED = "/opt/opd/lib/python3.11/site-packages/testbed"
 ROLLOUTS = 128
 
 
+GPU_FILES = ("--file", "docker-compose.yml", "--file", "docker-compose.gpu.yml")
+GPU_VARIABLES = {
+    "TEACHER_MODEL": "/models/teacher", "STUDENT_A_MODEL": "/models/a", "STUDENT_B_MODEL": "/models/b",
+    "PROMPTS_A": "a.parquet", "PROMPTS_B": "b.parquet", "TEACHER_GPUS": "2,3", "TRAINER_A_GPU": "0", "TRAINER_B_GPU": "1",
+}  # fmt: skip
+
+
+def test_the_client_takes_the_override_for_gpus_and_names_a_missing_variable(stack: Stack) -> None:
+    said = yaml.safe_load(stack.compose(*GPU_FILES, "config", variables=GPU_VARIABLES))["services"]
+    assert {"access", "redis", "teacher", "trainer", "trainer-b"} <= set(said)
+    assert said["teacher"]["image"] == "opd-teacher-server:cuda"
+    assert sum(":/access:ro" in volume for volume in said["trainer"]["volumes"] if isinstance(volume, str)) <= 1
+    for name in GPU_VARIABLES:
+        given = {other: value for other, value in GPU_VARIABLES.items() if other != name}
+        with pytest.raises(AssertionError, match="set it to"):
+            stack.compose(*GPU_FILES, "config", variables=given)
+
+
 @pytest.fixture(scope="session")
 def demo(stack: Stack) -> str:
     """The trainer's container after `docker-compose up` has brought everything up and the demo has ended."""
