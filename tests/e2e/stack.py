@@ -19,6 +19,10 @@ HARDENED = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-o
 POOL_IMAGE, TEACHER_IMAGE, TRAINER_IMAGE = "opd-pool-status", "opd-teacher-server", "opd-trainer"
 
 
+TESTBED = "/opt/opd/lib/python3.11/site-packages/testbed"
+"""Where the trainer's image has it."""
+
+
 def build_images(docker: Docker, checkout: Path) -> dict[str, int]:
     """Builds what the compose file would, as it would; returns sizes in bytes by image."""
     _lay_wheel(checkout / "deploy/docker/wheels")
@@ -91,6 +95,13 @@ class Stack:
             "print(u.urlopen(request, timeout=20).read().decode())"
         )
         return self.docker.run("exec", container, "python", "-c", code, url, *filter(None, [token_file]))
+
+    def step(self, trainer: str) -> int:
+        """Completed steps of a run with http.port=8081; -1 where it does not answer."""
+        try:
+            return int(json.loads(self.fetch(trainer, "http://127.0.0.1:8081/v1/run"))["step"])
+        except AssertionError:
+            return -1
 
     def pool(self) -> dict[str, Any]:
         """The pool's state as its operator sees it, read with the password of the status process."""

@@ -10,19 +10,19 @@ import pytest
 import yaml
 
 from scripts.check_demo import broken_promises
-from tests.e2e.stack import PROJECT, Stack, until
+from tests.e2e.stack import PROJECT, TESTBED, Stack, until
 
 pytestmark = pytest.mark.timeout(3600)
 LEASE_S = 5
 STEPS = 16
-TESTBED = "/opt/opd/lib/python3.11/site-packages/testbed"
 ROLLOUTS = 128
 
 
 GPU_FILES = ("--file", "docker-compose.yml", "--file", "docker-compose.gpu.yml")
 GPU_VARIABLES = {
     "TEACHER_MODEL": "/models/teacher", "STUDENT_A_MODEL": "/models/a", "STUDENT_B_MODEL": "/models/b",
-    "PROMPTS_A": "a.parquet", "PROMPTS_B": "b.parquet", "TEACHER_GPUS": "2,3", "TRAINER_A_GPU": "0", "TRAINER_B_GPU": "1",
+    "PROMPTS_A": "a.parquet", "PROMPTS_B": "b.parquet", "TEACHER_GPUS": "2,3",
+    "TRAINER_A_GPU": "0", "TRAINER_B_GPU": "1",
 }  # fmt: skip
 
 
@@ -30,7 +30,9 @@ def test_the_client_takes_the_override_for_gpus_and_names_a_missing_variable(sta
     said = yaml.safe_load(stack.compose(*GPU_FILES, "config", variables=GPU_VARIABLES))["services"]
     assert {"access", "redis", "teacher", "trainer", "trainer-b"} <= set(said)
     assert said["teacher"]["image"] == "opd-teacher-server:cuda"
-    assert sum(":/access:ro" in volume for volume in said["trainer"]["volumes"] if isinstance(volume, str)) <= 1
+    # Old clients list a volume as text, new ones as a table; the override's takes the place of the demo's.
+    assert "access-student-a" in str(said["trainer"]["volumes"])
+    assert "access-demo" not in str(said["trainer"]["volumes"])
     for name in GPU_VARIABLES:
         given = {other: value for other, value in GPU_VARIABLES.items() if other != name}
         with pytest.raises(AssertionError, match="set it to"):
@@ -107,11 +109,7 @@ class Run:
 
         def done() -> bool:
             assert self._stack.state(self.container)["Running"], self._stack.log(self.container)
-            try:
-                state = json.loads(self._stack.fetch(self.container, "http://127.0.0.1:8081/v1/run"))
-            except AssertionError:
-                return False
-            return bool(state["step"] >= step)
+            return self._stack.step(self.container) >= step
 
         until(done, 400, f"step {step} of {self.container}")
 
