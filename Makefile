@@ -5,10 +5,10 @@ STEPS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test test-vllm lint format proto clean
+.PHONY: help setup demo test test-vllm test-e2e lint format proto clean
 
 help:                 ## show this list
-	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+	@grep -E '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 setup: $(READY)       ## make .venv with everything the project needs
 
@@ -28,6 +28,10 @@ test-vllm:            ## the engine contract tests on vLLM too, in .venv-vllm (m
 	OPD_REQUIRE_VLLM=1 VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 \
 	    .venv-vllm/bin/python -m pytest tests/contract/engines -k "not process"
 
+test-e2e: $(READY)    ## the images and docker-compose.yml in a real Docker engine: this machine's, or one of our own (root)
+	$(BIN)/python -m pytest tests/e2e
+	@cat .e2e/images.txt 2>/dev/null || true
+
 lint: $(READY)        ## ruff, strict types, spelling, generated code and schema
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,4 +48,4 @@ proto: $(READY)       ## generate opd/wire/pb from proto/
 	scripts/generate_proto.sh
 
 clean:                ## remove what was made here, .venv included
-	rm -rf .venv .venv-vllm .buf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .buf .e2e .kubernetes build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

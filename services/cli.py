@@ -16,6 +16,7 @@ from opd.logs import give_up
 from services.doctor_cli import doctor
 from services.eval_cli import auroc, continuation, evaluate
 from services.experiment_cli import experiment_app
+from services.parts import missing_part
 from services.pool_cli import pool_app
 from services.preflight_cli import preflight
 from services.recipes_cli import cold_start, data
@@ -57,11 +58,18 @@ def demo(
     teacher: Annotated[
         str, typer.Option(help="Bundled teacher: teacher-post, teacher-big or teacher-other.")
     ] = "teacher-post",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting of the trainer, e.g. http.port=8081.")
+    ] = None,
 ) -> None:
     """Distils the bundled student from a bundled teacher through the queue and prints one table."""
     from testbed.demo import run_demo
 
-    raise typer.Exit(run_demo(seed=seed, steps=steps, run_dir=run_dir, redis_url=redis_url, teacher=teacher))
+    raise typer.Exit(
+        run_demo(
+            seed=seed, steps=steps, run_dir=run_dir, redis_url=redis_url, teacher=teacher, further=tuple(set_ or ())
+        )
+    )
 
 
 @app.command("redis")
@@ -122,6 +130,9 @@ def main() -> None:
         _fail(error, 2)
     except OpdError as error:
         _fail(error, 1)
+    except ModuleNotFoundError as error:
+        sys.stderr.write(f"opd: {missing_part(error)}\n")
+        sys.exit(2)
 
 
 def _fail(error: OpdError, code: int) -> None:

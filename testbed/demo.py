@@ -8,6 +8,7 @@ on Ctrl-C and on failure too.
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ _INTERRUPTED = 130
 _WARMUP_STEPS = 3
 
 
-def run_demo(*, seed: int, steps: int | None, run_dir: Path, redis_url: str | None, teacher: str) -> int:
-    """Runs the whole demo; returns the exit code."""
+def run_demo(
+    *, seed: int, steps: int | None, run_dir: Path, redis_url: str | None, teacher: str, further: Sequence[str] = ()
+) -> int:
+    """Runs the whole demo with `further` settings of the trainer; returns the exit code."""
     console = Console(stderr=True)
     bundled = sorted(path.name for path in MODELS.iterdir() if path.is_dir())
     if teacher not in bundled or teacher == STUDENT:
@@ -43,7 +46,7 @@ def run_demo(*, seed: int, steps: int | None, run_dir: Path, redis_url: str | No
         with terminable():
             summary = distil(
                 student=STUDENT, teacher=teacher, seed=seed, steps=steps, run_dir=run_dir, redis_url=redis_url,
-                console=console,
+                console=console, further=further,
             )  # fmt: skip
     except (KeyboardInterrupt, Terminated):
         console.print("stopped; everything that was started has ended")
@@ -54,14 +57,22 @@ def run_demo(*, seed: int, steps: int | None, run_dir: Path, redis_url: str | No
 
 
 def distil(
-    *, student: str, teacher: str, seed: int, steps: int | None, run_dir: Path, redis_url: str | None, console: Console
+    *,
+    student: str,
+    teacher: str,
+    seed: int,
+    steps: int | None,
+    run_dir: Path,
+    redis_url: str | None,
+    console: Console,
+    further: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains `student` on `teacher` through a queue and returns the summary, which is written too."""
     begun = time.monotonic()
     stack_of = connected(run_dir, redis_url, teacher) if redis_url else launched(run_dir, teacher)
     with stack_of as stack:
         console.print(f"distilling [bold]{student}[/] from [bold]{teacher}[/], seed {seed}")
-        train(stack, overrides(stack, student, seed, steps, run_dir), CONFIG)
+        train(stack, [*overrides(stack, student, seed, steps, run_dir), *further], CONFIG)
     trained = latest_checkpoint(run_dir)
     folders = {"before": MODELS / student, "after": trained, "teacher": MODELS / teacher}
     jobs = [(folder, sampling) for folder in folders.values() for sampling in (TEMPERATURE_ONE, PAPER)]

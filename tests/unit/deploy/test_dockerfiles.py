@@ -1,0 +1,92 @@
+"""Dockerfiles and shell scripts by their linters, and what the three images must have in common."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+DOCKER = ROOT / "deploy/docker"
+DOCKERFILES = sorted(DOCKER.glob("Dockerfile.*"))
+
+
+def tool(name: str) -> str:
+    """A linter that a Python package carries."""
+    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert found, f"{name} is missing: make setup"
+    return found
+
+
+def said_by(*command: str | Path) -> str:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=60)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.suffix)
+def test_hadolint_has_nothing_to_say(dockerfile: Path) -> None:
+    assert said_by(tool("hadolint"), "--no-color", dockerfile) == ""
+
+
+def test_hadolint_would_say_something(tmp_path: Path) -> None:
+    bad = tmp_path / "Dockerfile"
+    bad.write_text("FROM debian\nRUN cd /tmp && apt-get install curl\n")
+    assert "DL3006" in said_by(tool("hadolint"), "--no-color", bad)
+
+
+@pytest.mark.parametrize("script", sorted(DOCKER.glob("*.sh")), ids=lambda path: path.name)
+def test_shellcheck_has_nothing_to_say(script: Path) -> None:
+    assert said_by(tool("shellcheck"), script) == ""
+
+
+def test_there_are_three_images_and_they_share_what_they_can() -> None:
+    assert [path.suffix for path in DOCKERFILES] == [".pool-status", ".teacher-server", ".trainer"]
+    pool, teacher, trainer = (_instructions(path) for path in DOCKERFILES)
+    up_to_http = pool[: pool.index("RUN sh install.sh core http") + 1]
+    up_to_models = teacher[: teacher.index("RUN sh install.sh models") + 1]
+    assert teacher[: len(up_to_http)] == up_to_http
+    assert trainer[: len(up_to_models)] == up_to_models
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.suffix)
+def test_an_image_starts_our_process_as_nobody(dockerfile: Path) -> None:
+    text, lines = dockerfile.read_text(), _instructions(dockerfile)
+    assert "# syntax=" not in text
+    assert [line for line in lines if line.startswith("FROM")] == [
+        "FROM python:3.11-slim AS build",
+        "FROM python:3.11-slim",
+    ]
+    # A number, so that a cluster can tell that it is not root's.
+    assert "USER 10001:10001" in lines
+    assert 'ENTRYPOINT ["opd"]' in lines
+    assert [line for line in lines if re.match(r"HEALTHCHECK .* CMD \[", line)]
+    assert lines.index("USER 10001:10001") > max(n for n, line in enumerate(lines) if line.startswith("COPY"))
+
+
+def test_versions_stand_where_others_have_them() -> None:
+    declared = re.findall(r"^ARG VLLM_VERSION=(.+)$", (DOCKER / "Dockerfile.teacher-server").read_text(), re.MULTILINE)
+    setup = re.search(r"^VERSION=(.+)$", (ROOT / "scripts/setup_vllm.sh").read_text(), re.MULTILINE)
+    assert setup is not None
+    assert declared == [setup[1]]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    asked = re.findall(r"^RUN sh install\.sh (.+)$", "\n".join(path.read_text() for path in DOCKERFILES), re.MULTILINE)
+    groups = {group for line in asked if not line.startswith("code ") for group in line.split()} - {"core"}
+    assert groups <= set(extras)
+
+
+def test_an_image_holds_code_models_and_nothing_else_of_the_checkout() -> None:
+    allowed = {line.lstrip("!") for line in (ROOT / ".dockerignore").read_text().split() if line.startswith("!")}
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", "\n".join(path.read_text() for path in DOCKERFILES), re.MULTILINE)
+    sources = {source for line in copied for source in line.split()}
+    assert all(any(source == name or source.startswith(f"{name}/") for name in allowed) for source in sources)
+    assert all(list(ROOT.glob(source)) for source in sources)
+
+
+def _instructions(dockerfile: Path) -> list[str]:
+    """One line each, comments left out."""
+    text = "".join(line for line in dockerfile.read_text().splitlines(keepends=True) if not line.startswith("#"))
+    return [re.sub(r"\s+", " ", line) for line in text.replace("\\\n", " ").splitlines() if line.strip()]
