@@ -55,7 +55,7 @@ leave_out() {
     rm -rf "$site"/pyarrow/include "$site"/pyarrow/*.a
     # CUDA engines compile kernels while they run, with torch's headers.
     if [ "$backend" = cpu ] && [ -d "$site/torch" ]; then
-        rm -rf "$site"/torch/include "$site"/torch/share "$site"/torch/lib/*.a
+        rm -rf "$site"/torch/include "$site"/torch/share "$site"/torch/test "$site"/torch/lib/*.a
         find "$site/torch/bin" -type f ! -name torch_shm_manager -delete
     fi
 }
