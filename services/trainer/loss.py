@@ -23,7 +23,7 @@ from services.trainer.student import Student
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _StudentSide:
-    """With gradient; a part the objective does not need is None."""
+    """With gradient; a part the objective does not need is None. `support_TK` may be up to a constant per position."""
 
     support_TK: Tensor | None = None
     sampled_T: Tensor | None = None
@@ -87,6 +87,10 @@ class DistillLoss:
 
     def _at_ids(self, batch: DistillBatch, support: SupportScores | None) -> _StudentSide:
         """One forward pass over all the ids that are needed, side by side."""
+        if support is not None and not self._needs.whole_vocabulary:
+            logits_TK = self._student.support_logits(batch, support.ids_TK)
+            _refuse_non_finite(logits_TK, support.ids_TK, batch)
+            return _StudentSide(support_TK=logits_TK)
         sampled_T1 = batch.sampled_ids_T[:, None]
         ids_TK = sampled_T1 if support is None else torch.cat([sampled_T1, support.ids_TK], dim=1)
         outside_of = support.ids_TK if support is not None and self._needs.outside else None

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from opd.errors import CheckpointError, ConfigError, NonFiniteError
-from opd.ops import REVERSE_KL, FullVocabularyScores, OutputHead, StudentScores, full_divergence, student_scores
+from opd.ops import (
+    REVERSE_KL,
+    FullVocabularyScores,
+    OutputHead,
+    StudentScores,
+    full_divergence,
+    student_scores,
+    support_logits,
+)
 from services.trainer.batch import DistillBatch
 from services.trainer.config import OptimSettings
 
@@ -71,6 +79,16 @@ class Student:
             wants_entropy=wants_entropy,
             temperature=self.temperature,
             row_chunk=self.row_chunk,
+        )
+
+    def support_logits(self, batch: DistillBatch, ids_TK: Tensor) -> Tensor:
+        """Tempered logits [T, K] with gradient at `ids_TK` alone: log-probs but for a constant per position."""
+        return support_logits(
+            self._response_hidden(batch),
+            output_head(self.model),
+            ids_TK,
+            num_defined_ids=self.num_defined_ids,
+            temperature=self.temperature,
         )
 
     def full_divergence(

@@ -23,6 +23,8 @@ class Needs:
 
     support: bool = False
     """Both models' log-probs on a support."""
+    normalizer: bool = False
+    """The student's log-probs over the full vocabulary, not just up to a constant per position."""
     candidates: bool = False
     """The teacher's log-probs at the student's top-k ids."""
     teacher_top_k: bool = False
@@ -42,6 +44,11 @@ class Needs:
 
     def __or__(self, other: "Needs") -> "Needs":
         return Needs(**{each.name: getattr(self, each.name) or getattr(other, each.name) for each in fields(Needs)})
+
+    @property
+    def whole_vocabulary(self) -> bool:
+        """Whether the student's logits are needed at all ids, and not on the support alone."""
+        return self.normalizer or self.outside or self.sampled or self.entropy or self.full_vocabulary
 
     @property
     def capabilities(self) -> frozenset[Capability]:
@@ -80,7 +87,8 @@ class LossInputs:
     support_mask_TK: Tensor | None = None
     """Bool: which columns belong to the support; a row without any is an empty support."""
     student_logprobs_TK: Tensor | None = None
-    """With gradient, over the full vocabulary at the student temperature."""
+    """With gradient, at the student temperature: over the full vocabulary or, where no term needs the normaliser, up
+    to a constant per position."""
     teacher_logprobs_TK: Tensor | None = None
     """Over the full vocabulary at the teacher temperature."""
     student_outside_logprobs_T: Tensor | None = None

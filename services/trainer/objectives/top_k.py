@@ -53,6 +53,8 @@ class TopK:
     def needs(self) -> Needs:
         return Needs(
             support=True,
+            # Renormalised on the support any constant cancels; the policy form has raw log-ratios, a bucket the rest.
+            normalizer=self.gradient is GradientForm.POLICY or self.tail is Tail.BUCKET,
             candidates=self.support in NEEDS_CANDIDATES,
             teacher_top_k=self.support in NEEDS_TEACHER_TOP_K,
             outside=self.tail is Tail.BUCKET,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from opd.errors import InternalError, NonFiniteError
+from opd.ops import OutputHead
 from services.trainer.batch import ScoredRollout, build_batch
 from services.trainer.loss import DistillLoss
 from services.trainer.objectives.config import ObjectiveConfig
@@ -162,3 +163,67 @@ def test_no_step_depends_on_its_micro_batches(
     for split in gradients[1:]:
         assert (split - gradients[0]).norm() <= tolerance * gradients[0].norm()
     assert gradients[0].norm() > 1e-3
+
+
+SPARSE = {
+    "reverse": ObjectiveConfig(score_top_k=6),
+    "forward": ObjectiveConfig(score_top_k=6, divergence="forward_kl", support="teacher"),
+    "jsd": ObjectiveConfig(score_top_k=6, divergence="jsd", beta=0.3, support="union"),
+    "overlap": ObjectiveConfig(score_top_k=6, support="overlap", position_discount=0.9),
+    "non-overlap": ObjectiveConfig(score_top_k=6, support="non_overlap", aggregation="sequence_mean"),
+    "tempered": ObjectiveConfig(score_top_k=6, student_temperature=0.7),
+}
+
+
+@pytest.mark.parametrize("config", SPARSE.values(), ids=SPARSE)
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+def test_the_exact_form_on_a_support_equals_that_of_normalised_log_probs(
+    scored: list[ScoredRollout], config: ObjectiveConfig, is_tied: bool
+) -> None:
+    """The sparse head leaves the normaliser out; in float64 neither loss nor gradient may notice."""
+    found, batch = [], build_batch(scored)
+    # Log-probs that are rounded to fp32 do not quite add up to 1, so that a normaliser would not quite cancel.
+    columns = ("teacher_support_logprobs_TK", "teacher_topk_logprobs_Tk")
+    batch = dataclasses.replace(batch, **{name: getattr(batch, name).double() for name in columns})
+    for normalizer in (False, True):
+        model = tiny_model(1, tie_word_embeddings=is_tied).double()
+        student = Student(model, num_defined_ids=NUM_IDS, temperature=config.student_temperature or 1.0)
+        loss = DistillLoss(student, build_objective(config), config)
+        assert not loss._needs.whole_vocabulary
+        loss._needs = dataclasses.replace(loss._needs, normalizer=normalizer)
+        output = loss(batch)
+        output.loss_sum.backward()
+        found.append((output, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])))
+    (sparse, gradient), (dense, expected) = found
+    assert sparse.loss_sum.item() == pytest.approx(dense.loss_sum.item(), rel=1e-10)
+    assert sparse.metrics.keys() == dense.metrics.keys()
+    assert (gradient - expected).norm() <= 1e-10 * expected.norm() and expected.norm() > 1e-3
+
+
+NEED_THE_NORMALISER = {
+    "policy": ObjectiveConfig(score_top_k=6, gradient="policy"),
+    "bucket": ObjectiveConfig(score_top_k=6, tail="bucket"),
+    "outcome": ObjectiveConfig(score_top_k=6, outcome={"weight": 0.5}),
+    "entropy": ObjectiveConfig(score_top_k=6, entropy_bonus=0.1),
+    "stale": ObjectiveConfig(score_top_k=6, staleness_cap=2.0),
+    "sampled": ObjectiveConfig(kind="sampled_token"),
+}
+
+
+@pytest.mark.parametrize("config", NEED_THE_NORMALISER.values(), ids=NEED_THE_NORMALISER)
+def test_what_has_a_normaliser_in_it_runs_over_all_ids(config: ObjectiveConfig) -> None:
+    assert build_objective(config).needs.whole_vocabulary
+
+
+def test_a_step_on_a_support_never_runs_the_whole_head(
+    scored: list[ScoredRollout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, policy = (loss_of(ObjectiveConfig(score_top_k=6, gradient=form)) for form in ("exact", "policy"))
+
+    def refuse(head: OutputHead, hidden_TH: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the whole head was run")
+
+    monkeypatch.setattr(OutputHead, "logits", refuse)
+    loss(build_batch(scored)).loss_sum.backward()
+    with pytest.raises(AssertionError, match="the whole head"):
+        policy(build_batch(scored))
