@@ -81,7 +81,7 @@ def _measure(args: argparse.Namespace) -> tuple[float, int]:
     warm, _ = _step(args, args.side, 8)
     warm()
     memory = _CudaMemory() if args.device == "cuda" else _HostMemory()
-    seconds = []
+    seconds: list[float] = []
     begun = time.perf_counter()
     while len(seconds) < _TIMED_RUNS and (not seconds or time.perf_counter() - begun < 60):
         if not seconds:
