@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from opd.errors import InternalError, InvalidRequestError
+from opd.errors import InternalError, InvalidRequestError, PermissionDeniedError
 from opd.queue.connection import QueueConnection
 from opd.queue.keys import SHARED_NAMES, TENANT_NAMES, PoolKeys, alias_key, check_pool, check_tenant
 
@@ -101,6 +101,15 @@ async def apply_users(
     except InternalError:
         return gone, False
     return gone, True
+
+
+async def cut_connections(connection: QueueConnection, user: str) -> bool:
+    """Ends the open connections of a user that was turned off; False where we may not."""
+    try:
+        await connection.call(lambda redis: redis.execute_command("CLIENT", "KILL", "USER", user))
+    except PermissionDeniedError:
+        return False
+    return True
 
 
 def _acl(*words: str) -> Callable[[Any], Awaitable[Any]]:
