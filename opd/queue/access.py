@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from opd.errors import InternalError, InvalidRequestError
+from opd.errors import InternalError, InvalidRequestError, PermissionDeniedError
 from opd.queue.connection import QueueConnection
 from opd.queue.keys import SHARED_NAMES, TENANT_NAMES, PoolKeys, alias_key, check_pool, check_tenant
 
@@ -118,6 +118,15 @@ async def tenants_without_access(
         for name, hashes in wanted.items()
     }
     return sorted(name for name, rules in needed.items() if not rules <= users.get(name, set()))
+
+
+async def cut_connections(connection: QueueConnection, user: str) -> bool:
+    """Ends the open connections of a user that was turned off; False where we may not."""
+    try:
+        await connection.call(lambda redis: redis.execute_command("CLIENT", "KILL", "USER", user))
+    except PermissionDeniedError:
+        return False
+    return True
 
 
 def _acl(*words: str) -> Callable[[Any], Awaitable[Any]]:

@@ -11,13 +11,24 @@ from pathlib import Path
 from typing import Self
 
 from opd.errors import ConfigError
-from opd.queue.access import acl_file_line, apply_users, hash_password, pool_rules, read_version, tenant_rules, who_am_i
+from opd.queue.access import (
+    acl_file_line,
+    apply_users,
+    cut_connections,
+    hash_password,
+    pool_rules,
+    read_version,
+    tenant_rules,
+    who_am_i,
+)
 from opd.queue.keys import check_pool
 from opd.settings import read_secret_file
 from services.teacher_server.queue_access import QueueAccess
 from services.teacher_server.tenants import TenantTable, check_name, load_tenants
 
-_DEFAULT_OFF = ["off", "resetkeys", "-@all"]
+# Nobody can be it any more. Its rights stay, because Redis 7.0 reads its append-only file back with them: without, it
+# drops every transaction in the file, and a restart loses the queue.
+_DEFAULT_OFF = ["reset", "~*", "&*", "+@all"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,5 +106,7 @@ async def _apply(plan: AccessPlan, access: QueueAccess) -> str:
         if own_name in users:
             raise ConfigError(f"{own_name}: is the user that does this; rename the tenant or connect as another one")
         gone, is_saved = await apply_users(connection, users, plan.pools)
+        is_cut = not plan.close_default or await cut_connections(connection, "default")
     kept = "saved by Redis" if is_saved else "not in a file of Redis's: run again after its restart, or use an aclfile"
-    return f"{connection.label}: {len(users)} users set, removed: {', '.join(gone) or 'none'}; {kept}"
+    open_ones = "" if is_cut else "; open connections of the default user stay open: allow CLIENT KILL, run again"
+    return f"{connection.label}: {len(users)} users set, removed: {', '.join(gone) or 'none'}; {kept}{open_ones}"

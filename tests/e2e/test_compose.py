@@ -163,7 +163,8 @@ def test_no_rollout_is_lost_whatever_happens_to_containers(stack: Stack, demo: s
     for container in (third, run.container):
         docker.run("network", "disconnect", network, container)
         time.sleep(2 * LEASE_S)
-        docker.run("network", "connect", network, container)
+        alias = ("--alias", "teacher") if container == third else ()
+        docker.run("network", "connect", *alias, network, container)
 
     (redis,) = stack.containers("redis")
     docker.run("restart", "--time", "20", redis)

@@ -108,7 +108,7 @@ def test_redis_users_are_rendered_without_secrets(tmp_path: Path) -> None:
     assert math.startswith("user math reset on #") and token not in text and "long enough" not in text
     for teacher in ("qwen", "llama"):
         assert f"~opd:{{{teacher}}}:requests:math" in math.split() and f"~opd:{{{teacher}}}:*" in pool.split()
-    assert default == "user default off resetkeys -@all"
+    assert default == "user default reset ~* &* +@all"
 
 
 def test_the_token_is_the_password_of_a_running_redis_until_its_tenant_leaves(tmp_path: Path, redis_url: str) -> None:
@@ -150,7 +150,9 @@ def test_another_user_than_the_default_one_sets_the_users(tmp_path: Path, admin_
     assert "1 users set, removed: none" in run(*acl, "--trust-network")
     with Redis.from_url(admin_url.replace("admin@", f"math:{token}@")) as redis:
         assert redis.get(PoolKeys("qwen").info) is None
-    assert "2 users set" in run(*acl, "--trust-network", "--close-default")
+    said = run(*acl, "--trust-network", "--close-default")
+    assert "2 users set" in said
+    assert "open connections of the default user stay open: allow CLIENT KILL" in said
     with Redis.from_url(admin_url.replace("admin@", "")) as redis, pytest.raises(RedisError):
         redis.ping()
     run("remove", "math", "-f", str(file))
@@ -164,3 +166,18 @@ def test_whoever_sets_the_users_is_not_among_them(tmp_path: Path, admin_url: str
     for more in ([], ["--close-default"]):
         with pytest.raises(ConfigError, match=r"^admin: is the user that does this"):
             run(*acl, *more)
+
+
+def test_closing_the_default_user_cuts_who_is_in(
+    tmp_path: Path, make_redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, server = tmp_path / "tenants.toml", make_redis()
+    run("add", "math", "-f", str(file))
+    monkeypatch.setenv("OPD_REDIS_PASSWORD", ADMIN_PASSWORD)
+    admin_url = server.url.replace("unix://", "unix://admin@")
+    with Redis.from_url(server.url) as before:
+        before.execute_command("ACL", "SETUSER", "admin", "on", f">{ADMIN_PASSWORD}", "+acl", "+info", "+client")
+        said = run("acl", "-f", str(file), "--teacher", "qwen", "--apply", "--redis-url", admin_url, "--close-default")
+        assert "stay open" not in said
+        with pytest.raises(RedisError):
+            before.ping()
