@@ -24,8 +24,9 @@ def engine() -> Iterator[Docker]:
     OPD_E2E_ENGINE=FOLDER keeps the images of an engine of our own there: the next run builds only what has changed.
     """
     kept = os.environ.get("OPD_E2E_ENGINE")
+    folder = Path(kept or f"{tempfile.gettempdir()}/opd-e2e-{os.getpid()}")
     try:
-        with docker_engine(Path(kept or tempfile.mkdtemp(prefix="opd-e2e-")), keeps_data=bool(kept)) as docker:
+        with docker_engine(folder, keeps_data=bool(kept)) as docker:
             yield docker
     except NoEngineError as error:
         if os.environ.get("CI") == "true":

@@ -92,7 +92,7 @@ def docker_engine(folder: Path, *, keeps_data: bool = False) -> Iterator[Docker]
 class _OwnEngine:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         # The client's own folder too: nobody's log-in or proxy is used.
         client = {"DOCKER_HOST": f"unix://{folder}/docker.sock", "DOCKER_CONFIG": str(folder / "client")}
         self.environ = {**os.environ, **client, "DOCKER_BUILDKIT": "0", "COMPOSE_DOCKER_CLI_BUILD": "0"}
