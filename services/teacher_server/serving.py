@@ -27,8 +27,8 @@ class Serving:
 
     arrived_s: float
     """Since the epoch."""
-    age_s: float = 0.0
-    """What it had waited in the queue when it arrived here."""
+    age_s: float | None = None
+    """What it had waited in the queue when it arrived here; None where it came directly."""
     span: Span = NO_SPAN
     rollout_id: str = ""
     tenant: str = ""
@@ -38,16 +38,16 @@ class Serving:
         self.rollout_id, self.tenant = request.rollout_id, request.tenant
         if not request.traceparent or not tracing.is_on():
             return request
+        queued_s = self.arrived_s - (self.age_s or 0.0)
         self.span = span = tracing.begin(
             "serve",
             parent=request.traceparent,
-            start_s=self.arrived_s - self.age_s,
+            start_s=queued_s,
             rollout=request.rollout_id,
             tenant=request.tenant,
             tokens=request.num_tokens,
         )
-        if self.age_s:
-            queued_s = self.arrived_s - self.age_s
+        if self.age_s is not None:
             tracing.record("queue_wait", parent=span.traceparent, start_s=queued_s, end_s=self.arrived_s)
         tracing.record("intake", parent=span.traceparent, start_s=self.arrived_s, end_s=time.time())
         return dataclasses.replace(request, traceparent=span.traceparent)
@@ -66,7 +66,7 @@ class Serving:
 
 
 @contextmanager
-def serving(request_id: str = "", *, rollout_id: str, tenant: str, age_s: float = 0.0) -> Iterator[Serving]:
+def serving(request_id: str = "", *, rollout_id: str, tenant: str, age_s: float | None = None) -> Iterator[Serving]:
     """Every log line within names the request, its rollout, its tenant and the policy version that sampled it."""
     fields: dict[str, object] = {"request": request_id or secrets.token_hex(6), "rollout": rollout_id, "tenant": tenant}
     version = policy_version_of(rollout_id)

@@ -152,7 +152,7 @@ def test_a_checkpoint_of_other_prompts_or_another_seed(
 
 
 def test_an_objective_of_outcomes_wants_an_answer_to_every_prompt(world: tuple[Path, str], tmp_path: Path) -> None:
-    for overrides in (["objective.kind=grpo"], ["objective.outcome.weight=0.5"]):
+    for overrides in (["objective.kind=grpo", 'teacher.url=""'], ["objective.outcome.weight=0.5"]):
         with pytest.raises(ConfigError, match=r"^data\.files: prompt 0 of tiny has no answer"):
             refuse(world, tmp_path / "run", *overrides)
 
