@@ -55,10 +55,9 @@ def read_secret(name: str, environ: Mapping[str, str] | None = None) -> str | No
         return environ.get(name) or None
     try:
         return Path(file_name).read_text(encoding="utf-8").strip() or None
-    except OSError as error:
-        raise ConfigError(
-            f"{name}_FILE={file_name}: cannot be read ({error.strerror}); mount the secret or unset it"
-        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        raise ConfigError(f"{name}_FILE={file_name}: cannot be read ({reason}); mount the secret or unset it") from None
 
 
 def read_secret_file(name: str, path: Path) -> str:

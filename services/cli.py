@@ -23,7 +23,13 @@ from services.recipes_cli import cold_start, data
 from services.score_cli import score
 from services.tenants_cli import app as tenants_app
 
-app = typer.Typer(help="On-policy distillation as services.", no_args_is_help=True, add_completion=False)
+# Locals of a traceback may be tokens and prompts.
+app = typer.Typer(
+    help="On-policy distillation as services.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
 teacher_app = typer.Typer(help="The teacher service.", no_args_is_help=True)
 app.add_typer(teacher_app, name="teacher")
 app.add_typer(tenants_app, name="tenants")

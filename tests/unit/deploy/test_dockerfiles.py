@@ -90,3 +90,10 @@ def _instructions(dockerfile: Path) -> list[str]:
     """One line each, comments left out."""
     text = "".join(line for line in dockerfile.read_text().splitlines(keepends=True) if not line.startswith("#"))
     return [re.sub(r"\s+", " ", line) for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def test_the_folder_of_gpu_locks_is_the_services_own() -> None:
+    """A named volume takes over the owner of the folder it is put on; where there is none, nobody may take a GPU."""
+    compose = (ROOT / "docker-compose.gpu.yml").read_text(encoding="utf-8")
+    assert "OPD_GPU_LOCKS: /gpus" in compose and "- gpus:/gpus" in compose
+    assert "install -d -o opd -g opd /gpus" in (DOCKER / "Dockerfile.teacher-server").read_text(encoding="utf-8")

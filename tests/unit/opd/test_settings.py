@@ -86,3 +86,6 @@ def test_secrets_come_from_files(tmp_path: Path) -> None:
     assert read_secret("PASSWORD", {}) is None
     with pytest.raises(ConfigError, match="PASSWORD_FILE=/nowhere: cannot be read"):
         read_secret("PASSWORD", {"PASSWORD_FILE": "/nowhere"})
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"cannot be read \(is not UTF-8\); mount the secret"):
+        read_secret("PASSWORD", {"PASSWORD_FILE": str(path)})
