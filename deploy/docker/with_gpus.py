@@ -60,6 +60,8 @@ def main(arguments: Sequence[str]) -> None:
         taken = take(list_gpus(), count, folder)
     except OSError as error:
         raise SystemExit(f"with-gpus: OPD_GPU_LOCKS={folder}: {error.strerror}; mount a folder to write to") from None
+    # As nvidia-smi and Docker count; CUDA by itself puts the fastest first.
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
     print(f"with-gpus: {command[0]} has GPU {','.join(taken)}", file=sys.stderr, flush=True)  # noqa: T201
     try:

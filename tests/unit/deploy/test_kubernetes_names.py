@@ -227,3 +227,30 @@ def test_the_autoscaler_reads_what_the_pool_status_serves(tmp_path: Path) -> Non
     (trainer,) = of_component(objects, "trainer")
     assert settings_of(objects, trainer, tmp_path).teacher.timeout_s >= 1.5 * load_s
     assert spec["initialCooldownPeriod"] > load_s
+
+
+TOKENIZER_FAMILIES = ("/opt/", "/models/", "Qwen/Qwen3-", "deepseek-ai/DeepSeek-R1-Distill-Qwen-")
+"""Models whose names begin alike have one map from ids to tokens, which a student and its teacher must share."""
+
+
+def family(model: str) -> str:
+    return next(start for start in TOKENIZER_FAMILIES if model.startswith(start))
+
+
+def test_students_and_their_teachers_have_one_vocabulary_and_time_to_load(
+    objects: list[Object], tmp_path: Path
+) -> None:
+    teachers = {}
+    for workload in of_component(objects, "teacher"):
+        if "args" in container(workload):
+            settings = settings_of(objects, workload, tmp_path)
+            probe = container(workload)["startupProbe"]
+            teachers[settings.teacher] = settings.model, probe["periodSeconds"] * probe["failureThreshold"]
+    students = [settings_of(objects, workload, tmp_path) for workload in of_component(objects, "trainer")]
+    assert teachers and students
+    for student in students:
+        for teacher in student.teachers_by_name().values():
+            model, load_s = teachers[teacher.pool]
+            is_bundled = model.startswith("/") and student.student.model.startswith("/")
+            assert is_bundled or family(model) == family(student.student.model), (student.student.model, model)
+            assert is_bundled or student.teacher.wait_s > load_s

@@ -6,7 +6,13 @@ import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).parents[3] / "deploy/docker/with_gpus.py"
-SAY = "import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); sys.stdin.read()"
+# Counted as nvidia-smi and Docker do, or the numbers would mean other cards on a machine with several kinds.
+SAY = """
+import os, sys
+assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
+sys.stdin.read()
+"""
 
 
 def start(folder: Path, *before: str, gpus: str = "0,1,2") -> "subprocess.Popen[str]":
