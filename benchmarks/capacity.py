@@ -11,10 +11,9 @@ import math
 from dataclasses import asdict, dataclass, fields
 
 from benchmarks.report import show
+from opd.queue.client_rules import MEMORY_FRACTION
 
 GIB = 1 << 30
-BACKPRESSURE_SHARE = 0.7
-"""Of maxmemory; above it `submit` refuses, so this is all that a queue may hold."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +99,8 @@ def capacity(load: Load, costs: Costs | None = None) -> Need:
     step_bytes = load.rollouts_per_step * load.response_tokens * costs.link_bytes_per_token
     backlog_bytes = load.students * step_bytes
     shards = {
-        "memory": backlog_bytes / (BACKPRESSURE_SHARE * load.redis_gib * GIB),
+        # Above that share `submit` refuses, so it is all that a queue may hold.
+        "memory": backlog_bytes / (MEMORY_FRACTION * load.redis_gib * GIB),
         # In and out are two directions of one link.
         "network": redis_bytes_per_s / 2 * 8 / (load.redis_gbit_per_s * 1e9),
         "cpu": redis_cores,

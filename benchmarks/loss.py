@@ -16,9 +16,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from benchmarks.peak_memory import HostMemory
 from benchmarks.report import say, show
 
 SIDES = ("sparse", "sparse_with_support", "chunked", "naive")
@@ -80,7 +80,7 @@ def _measure(args: argparse.Namespace) -> tuple[float, int]:
     step, gradients = _step(args, args.side, args.positions[0])
     warm, _ = _step(args, args.side, 8)
     warm()
-    memory = _CudaMemory() if args.device == "cuda" else _HostMemory()
+    memory = _CudaMemory() if args.device == "cuda" else HostMemory()
     seconds: list[float] = []
     begun = time.perf_counter()
     while len(seconds) < _TIMED_RUNS and (not seconds or time.perf_counter() - begun < 60):
@@ -117,7 +117,6 @@ def _step(args: argparse.Namespace, side: str, num_rows: int) -> tuple[Callable[
 
     generator = torch.Generator().manual_seed(0)
     weight_VH = torch.randn(args.columns, args.hidden, generator=generator).mul_(0.05).to(args.device)
-    # A warm-up has rows of its own over the same few columns, so that it costs nothing.
     hidden_TH = torch.randn(num_rows, args.hidden, generator=generator).to(args.device).requires_grad_()
     head = OutputHead(weight_VH=weight_VH.requires_grad_())
     ids_TK = _support_ids(generator, num_rows, args.columns).to(args.device)
@@ -149,24 +148,6 @@ def _support_ids(generator: Any, num_rows: int, num_columns: int) -> Any:
     strata_TK = (columns_K + torch.rand(num_rows, _SUPPORT, generator=generator)) / _SUPPORT
     # Never falling along a row, so that adding the column's number leaves no two alike.
     return ((num_columns - _SUPPORT) ** strata_TK).long() - 1 + columns_K
-
-
-class _HostMemory:
-    """The high-water mark of this process."""
-
-    def begin(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        self._before = self._bytes("VmRSS")
-
-    def settle(self) -> None:
-        pass
-
-    def peak_bytes(self) -> int:
-        return self._bytes("VmHWM") - self._before
-
-    def _bytes(self, name: str) -> int:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
 
 
 class _CudaMemory:

@@ -9,8 +9,8 @@ import argparse
 import json
 import subprocess
 import sys
-from pathlib import Path
 
+from benchmarks.peak_memory import HostMemory
 from benchmarks.report import say, show
 
 SIDES = ("engine", "naive")
@@ -69,15 +69,10 @@ def _measure(side: str, num_rows: int, num_columns: int, num_hidden: int) -> int
     score = engine if side == "engine" else naive
     # What the libraries keep for themselves is there before it counts.
     score(hidden_TH[:8], ids_TK[:8])
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = _resident_bytes("VmRSS")
+    memory = HostMemory()
+    memory.begin()
     score(hidden_TH, ids_TK)
-    return _resident_bytes("VmHWM") - before
-
-
-def _resident_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
+    return memory.peak_bytes()
 
 
 if __name__ == "__main__":

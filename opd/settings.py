@@ -53,23 +53,23 @@ def read_secret(name: str, environ: Mapping[str, str] | None = None) -> str | No
     file_name = environ.get(f"{name}_FILE")
     if not file_name:
         return environ.get(name) or None
-    try:
-        return Path(file_name).read_text(encoding="utf-8").strip() or None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-        raise ConfigError(f"{name}_FILE={file_name}: cannot be read ({reason}); mount the secret or unset it") from None
+    return _secret_text(f"{name}_FILE={file_name}", Path(file_name), "mount the secret or unset it") or None
 
 
 def read_secret_file(name: str, path: Path) -> str:
     """The content of the file that the setting `name` points to; ConfigError when it is not there or empty."""
-    try:
-        secret = path.expanduser().read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-        raise ConfigError(f"{name}={path}: cannot be read ({reason}); give the path of a file that can") from None
+    secret = _secret_text(f"{name}={path}", path.expanduser(), "give the path of a file that can")
     if not secret:
         raise ConfigError(f"{name}={path}: is empty; write the secret into it or unset it")
     return secret
+
+
+def _secret_text(setting: str, path: Path, way_out: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        raise ConfigError(f"{setting}: cannot be read ({reason}); {way_out}") from None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from opd.errors import InvalidRequestError
 from opd.ops.divergence import REVERSE_KL, row_divergence
-from opd.ops.head import OutputHead, row_slices
+from opd.ops.head import OutputHead, require_defined_ids, require_temperature, row_slices
 from opd.ops.rows import DEFAULT_ROW_CHUNK, logprobs_at
 from opd.ops.support import rows_entropy
 
@@ -58,8 +58,8 @@ def full_divergence(
         )
     student_head = defined_head(student_head, num_defined_ids)
     teacher_head = defined_head(teacher_head, num_defined_ids)
-    _check_temperature(student_temperature)
-    _check_temperature(teacher_temperature)
+    require_temperature(student_temperature)
+    require_temperature(teacher_temperature)
     temperatures = student_temperature, teacher_temperature
     chunk = partial(_chunk_scores, student_head, teacher_head, *temperatures, beta, wants_entropy)
     parts = [
@@ -90,15 +90,14 @@ def full_logprobs(
     With the hidden states and the head of a teacher these are the teacher's own log-probs.
     """
     head = defined_head(head, num_defined_ids)
-    _check_temperature(temperature)
+    require_temperature(temperature)
     for rows in row_slices(hidden_TH.shape[0], row_chunk):
         yield _tempered(as_stored(hidden_TH[rows], head.weight_VH.dtype), head, temperature).log_softmax(dim=-1)
 
 
 def defined_head(head: OutputHead, num_defined_ids: int) -> OutputHead:
     """The rows of the head that stand for a token; `InvalidRequestError` when it has fewer."""
-    if not 1 <= num_defined_ids <= head.num_rows:
-        raise InvalidRequestError(f"num_defined_ids={num_defined_ids} is outside 1..{head.num_rows} head rows")
+    require_defined_ids(num_defined_ids, head.num_rows)
     bias_D = None if head.bias_V is None else head.bias_V[:num_defined_ids]
     return replace(head, weight_VH=head.weight_VH[:num_defined_ids], bias_V=bias_D)
 
@@ -137,8 +136,3 @@ def _chunk_scores(
 def _tempered(hidden_CH: Tensor, head: OutputHead, temperature: float) -> Tensor:
     logits_CD = head.logits(hidden_CH)
     return logits_CD / temperature if temperature != 1.0 else logits_CD
-
-
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise InvalidRequestError(f"temperature={temperature} must be positive; 1.0 leaves logits as they are")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from opd.errors import ConfigError
+from opd.errors import ConfigError, InvalidRequestError
 
 MASKED_LOGIT = -1e30
 """Stands for a row without a token: its probability is exactly 0 in fp32, and 0 * log(0) stays finite."""
@@ -56,11 +56,27 @@ class OutputHead:
             logits_TV = _linear_fp32(hidden_TH, self.weight_VH)
             if self.bias_V is not None:
                 logits_TV = logits_TV + self.bias_V.to(logits_TV.dtype)
-            if self.logit_scale != 1.0:
-                logits_TV = logits_TV * self.logit_scale
-            if self.soft_cap is not None:
-                logits_TV = self.soft_cap * torch.tanh(logits_TV / self.soft_cap)
-        return logits_TV
+            return self.scaled_and_capped(logits_TV)
+
+    def scaled_and_capped(self, logits: Tensor) -> Tensor:
+        """What the head does to each product by itself, whatever their shape; may return its input."""
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self.soft_cap is not None:
+            logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
+        return logits
+
+
+def require_defined_ids(num_defined_ids: int, num_rows: int) -> None:
+    """`InvalidRequestError` for ids that a head of so many rows does not have."""
+    if not 1 <= num_defined_ids <= num_rows:
+        raise InvalidRequestError(f"num_defined_ids={num_defined_ids} is outside 1..{num_rows} head rows")
+
+
+def require_temperature(temperature: float) -> None:
+    """`InvalidRequestError` for what logits cannot be divided by."""
+    if not temperature > 0:
+        raise InvalidRequestError(f"temperature={temperature} must be positive; 1.0 leaves logits as they are")
 
 
 def tempered_logits(logits_TV: Tensor, temperature: float, num_defined_ids: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from opd.errors import InvalidRequestError
-from opd.ops.head import OutputHead, row_slices
+from opd.ops.head import OutputHead, require_defined_ids, require_temperature, row_slices
 from opd.ops.moments import row_moments
 from opd.ops.topk import top_k_stable
 from opd.types import PAD_ID
@@ -47,10 +47,8 @@ class _Query:
     candidate_ids_TK: Tensor | None
 
     def check(self, num_rows: int, num_head_rows: int) -> None:
-        if not 1 <= self.num_defined_ids <= num_head_rows:
-            raise InvalidRequestError(f"num_defined_ids={self.num_defined_ids} is outside 1..{num_head_rows} head rows")
-        if not self.temperature > 0:
-            raise InvalidRequestError(f"temperature={self.temperature} must be positive; 1.0 leaves logits as they are")
+        require_defined_ids(self.num_defined_ids, num_head_rows)
+        require_temperature(self.temperature)
         if not 0 <= self.score_top_k <= self.num_defined_ids:
             raise InvalidRequestError(f"score_top_k={self.score_top_k} is outside 0..{self.num_defined_ids} ids")
         for name, ids in (("sampled_ids_T", self.sampled_ids_T), ("candidate_ids_TK", self.candidate_ids_TK)):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from opd.errors import InvalidRequestError
-from opd.ops.head import OutputHead, row_slices
+from opd.ops.head import OutputHead, require_defined_ids, require_temperature, row_slices
 from opd.types import PAD_ID
 
 DEFAULT_SPARSE_CHUNK = 256
@@ -39,10 +39,8 @@ def support_logits(
     """
     if ids_TK.shape[0] != hidden_TH.shape[0]:
         raise InvalidRequestError(f"ids_TK has {ids_TK.shape[0]} rows for {hidden_TH.shape[0]} hidden rows")
-    if not 1 <= num_defined_ids <= head.num_rows:
-        raise InvalidRequestError(f"num_defined_ids={num_defined_ids} is outside 1..{head.num_rows} head rows")
-    if not temperature > 0:
-        raise InvalidRequestError(f"temperature={temperature} must be positive; 1.0 leaves logits as they are")
+    require_defined_ids(num_defined_ids, head.num_rows)
+    require_temperature(temperature)
     present_TK = (ids_TK > PAD_ID) & (ids_TK < num_defined_ids)
     ids_TK = ids_TK.long().masked_fill(~present_TK, 0)
     function: Any = _GatheredProduct
@@ -50,10 +48,7 @@ def support_logits(
         logits_TK: Tensor = function.apply(hidden_TH, head.weight_VH, ids_TK, row_chunk)
         if head.bias_V is not None:
             logits_TK = logits_TK + head.bias_V.to(logits_TK.dtype)[ids_TK]
-        if head.logit_scale != 1.0:
-            logits_TK = logits_TK * head.logit_scale
-        if head.soft_cap is not None:
-            logits_TK = head.soft_cap * torch.tanh(logits_TK / head.soft_cap)
+        logits_TK = head.scaled_and_capped(logits_TK)
         if temperature != 1.0:
             logits_TK = logits_TK / temperature
     return logits_TK.masked_fill(~present_TK, torch.nan)

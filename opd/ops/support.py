@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from opd.errors import InvalidRequestError
-from opd.ops.head import MASKED_LOGIT, OutputHead, row_slices, tempered_logits
+from opd.ops.head import MASKED_LOGIT, OutputHead, require_defined_ids, require_temperature, row_slices, tempered_logits
 from opd.ops.rows import DEFAULT_ROW_CHUNK, logprobs_at
 
 
@@ -47,10 +47,8 @@ def student_scores(
     """
     if ids_TK.shape[0] != hidden_TH.shape[0]:
         raise InvalidRequestError(f"ids_TK has {ids_TK.shape[0]} rows for {hidden_TH.shape[0]} hidden rows")
-    if not 1 <= num_defined_ids <= head.num_rows:
-        raise InvalidRequestError(f"num_defined_ids={num_defined_ids} is outside 1..{head.num_rows} head rows")
-    if not temperature > 0:
-        raise InvalidRequestError(f"temperature={temperature} must be positive; 1.0 leaves logits as they are")
+    require_defined_ids(num_defined_ids, head.num_rows)
+    require_temperature(temperature)
     chunk = partial(_chunk_scores, head, temperature, num_defined_ids, wants_entropy)
     parts = [
         checkpoint(chunk, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+MEMORY_FRACTION = 0.7
+"""Share of Redis's maxmemory above which nothing is admitted, unless a client says otherwise."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClientRules:
@@ -19,7 +22,7 @@ class ClientRules:
     """Submissions of one rollout after retryable errors."""
     max_body_bytes: int = 64 * 2**20
     max_reply_bytes: int = 64 * 2**20
-    memory_fraction: float = 0.7
+    memory_fraction: float = MEMORY_FRACTION
     """Share of Redis's maxmemory above which nothing is admitted."""
 
 

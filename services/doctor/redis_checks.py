@@ -5,13 +5,14 @@ from urllib.parse import urlsplit
 
 from opd.credentials import is_loopback
 from opd.errors import OpdError, QueueUnavailableError, UnauthenticatedError
+from opd.queue.client_rules import MEMORY_FRACTION
 from opd.queue.connection import QueueConnection
 from opd.queue.examination import ServerFacts, missing_pool_rights, missing_tenant_rights, read_server
 from services.doctor.findings import Finding, fail, ok, skipped, warn
 from services.doctor.plan import Plan
 
 _OLDEST, _ADVISED = (6, 2), (7, 0)
-_ADMISSION_STOPS, _NEARLY = 0.7, 0.6
+_NEARLY = 0.6
 _MIB = 2**20
 
 
@@ -66,8 +67,8 @@ def _judge_memory(facts: ServerFacts) -> Finding:
     share = used / facts.max_memory_bytes
     message = f"{used / _MIB:.0f} of {facts.max_memory_bytes / _MIB:.0f} MiB used ({share:.0%})"
     mend = "raise maxmemory, add replicas, cap tenants, or throw dead letters away"
-    if share > _ADMISSION_STOPS:
-        return fail(check, f"{message}; nothing is admitted above {_ADMISSION_STOPS:.0%}", mend)
+    if share > MEMORY_FRACTION:
+        return fail(check, f"{message}; nothing is admitted above {MEMORY_FRACTION:.0%}", mend)
     return warn(check, message, mend) if share > _NEARLY else ok(check, message)
 
 
