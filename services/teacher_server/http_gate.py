@@ -14,11 +14,12 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from opd.credentials import is_loopback
-from opd.errors import InternalError, InvalidRequestError, OpdError, PermissionDeniedError, UnauthenticatedError
+from opd.errors import InvalidRequestError, OpdError, PermissionDeniedError, UnauthenticatedError
 from opd.settings import read_secret_file
 from services.http_docs import is_documentation
 from services.teacher_server.config import HttpSettings
 from services.teacher_server.gate import Gate
+from services.teacher_server.serving import current
 
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 STATUS: dict[str, int] = {
@@ -80,27 +81,29 @@ class HttpGate:
 
 
 def tell_errors(app: FastAPI) -> None:
-    """Gives every error one form, a fault of ours among them."""
+    """Gives every error of a route one form; to be called within `serving`, as everything behind the gate is."""
 
     @app.exception_handler(OpdError)
     async def tell(_: Request, error: OpdError) -> Response:
-        return error_response(error)
+        return refusal(error)
 
     @app.exception_handler(RequestValidationError)
     async def tell_form(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part)[:80] for part in first["loc"][1:]) or "body"
-        return error_response(InvalidRequestError(f"{where}: {first['msg'].lower()}"))
+        return refusal(InvalidRequestError(f"{where}: {first['msg'].lower()}"))
 
     @app.exception_handler(HTTPException)
     async def tell_status(request: Request, error: HTTPException) -> Response:
         # Of the framework's own: no such path, another method, a body that cannot be parsed.
         found = InvalidRequestError(f"{request.method} {request.url.path[:80]}: {str(error.detail).lower()}")
-        return error_response(found, error.status_code)
+        return refusal(found, error.status_code)
 
-    @app.exception_handler(Exception)
-    async def tell_fault(_: Request, error: Exception) -> Response:
-        return error_response(InternalError("a fault of the teacher's; its log has the traceback"))
+
+def refusal(error: OpdError, status: int | None = None) -> Response:
+    """The answer to the request that is being served, which is counted and told thereby."""
+    current().refused(error)
+    return error_response(error, status)
 
 
 def error_response(error: OpdError, status: int | None = None) -> Response:
