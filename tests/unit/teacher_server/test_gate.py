@@ -61,7 +61,7 @@ class Service:
         add_tenant(self.tenants, "math", MATH, hidden_states=False, **rights)
         add_tenant(self.tenants, "code", CODE, hidden_states=True, **rights)
         self.engine, readiness, metrics = FakeEngine(), Readiness(), TeacherMetrics()
-        self.metrics = metrics
+        self.readiness, self.metrics = readiness, metrics
         self.registry = TenantRegistry(self.tenants, sound=Gauge("s", "s", registry=CollectorRegistry()))
         self.scoring = TeacherScoring(
             GuardedEngine(self.engine, Canary(self.engine)),
