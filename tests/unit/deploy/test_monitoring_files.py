@@ -6,6 +6,8 @@ import subprocess
 
 import yaml
 
+from opd.errors import known_codes
+from services.teacher_server.http_gate import STATUS as HTTP_STATUS
 from tests.unit.deploy.monitoring import (
     DASHBOARDS,
     PROMETHEUS,
@@ -73,6 +75,17 @@ def test_expressions_ask_for_labels_that_the_metrics_have() -> None:
         asked |= set(re.findall(r"[{,]\s*(\w+)\s*=~?", plain))
         if "opd_" in plain:
             assert asked <= labels | outside, expression
+
+
+def test_alerts_about_errors_ask_for_codes_that_a_teacher_tells() -> None:
+    asked: list[str] = []
+    for rule in rules():
+        for codes in re.findall(r'opd_teacher_errors_total\{code=~"([^"]*)"', rule["expr"]):
+            asked += codes.split("|")
+    assert sorted(asked) == sorted(set(asked)) and set(asked) <= set(known_codes())
+    # Over capacity, late or going down is no fault of a request's and no fault of ours.
+    not_asked = {"over_capacity", "deadline_exceeded", "unavailable", "queue_unavailable", "vocabulary_mismatch"}
+    assert set(HTTP_STATUS) - set(asked) == not_asked
 
 
 def test_every_alert_has_a_severity_and_leads_to_its_section_of_the_runbook() -> None:
