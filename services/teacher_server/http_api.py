@@ -7,12 +7,11 @@ Errors have the same form everywhere: {"error": {code, message, retryable, retry
 import math
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import uvicorn
@@ -22,17 +21,16 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict
 
 from opd.credentials import read_pem
-from opd.errors import ConfigError, InvalidRequestError, OpdError
+from opd.errors import ConfigError, InvalidRequestError
 from opd.metrics import CONTENT_TYPE, TeacherMetrics
-from opd.tracing import checked_traceparent
 from opd.types import ScoreReply, ScoreRequest
 from services.http_docs import documented_app
 from services.teacher_server.config import HttpSettings
 from services.teacher_server.gate import Gate
-from services.teacher_server.http_gate import HttpGate, refusal, tell_errors
+from services.teacher_server.http_gate import HttpGate, stand_before
 from services.teacher_server.readiness import Part, Readiness
 from services.teacher_server.scoring import ScoringSlot
-from services.teacher_server.serving import current, serving
+from services.teacher_server.serving import current
 
 _BY_HAND = "by-hand"
 
@@ -76,20 +74,7 @@ def create_app(
     with_token = [Security(HTTPBearer(auto_error=False, description="The tenant's token."))]
     doors = HttpGate(gate or Gate(), settings)
 
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        with serving(metrics, f"{request.method} {quote(request.scope['path'][:80])}") as served:
-            served.about(traceparent=checked_traceparent(request.headers.get("traceparent", "")))
-            try:
-                doors.enter(request)
-                served.about(tenant=request.state.tenant or "")
-                return await call_next(request)
-            except OpdError as error:
-                return refusal(error)
-            except Exception:
-                return refusal(served.failed())
-
-    tell_errors(app)
+    stand_before(app, doors, metrics)
 
     @app.get("/healthz")
     async def healthz() -> Response:
