@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -21,6 +22,7 @@ from tests.observers import counted_errors
 from tests.unit.teacher_server.fake_engine import CRASH_ID, NAN_ID, until
 from tests.unit.teacher_server.test_gate import CODE, MATH, Service, client_of, plain_http, serving
 from tests.unit.teacher_server.test_grpc_api import serving as serving_grpc
+from tests.unit.teacher_server.test_grpc_hidden_states import serving_hidden
 from tests.unit.teacher_server.tiny_teachers import make_request
 
 SCORE = "/opd.v1.TeacherService/Score"
@@ -215,3 +217,31 @@ def test_the_reader_of_counts_reads_them() -> None:
     assert counted_errors('opd_teacher_errors_total{code="a_b"} 2.0\nopd_teacher_errors_total{code="c"} 0.0\n') == {
         "a_b": 2
     }
+
+
+async def test_a_caller_of_http_that_leaves_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(tmp_path) as service:
+        service.engine.gate.clear()
+        async with plain_http(service) as client:
+            with pytest.raises(httpx.ReadTimeout):
+                await client.post("/v1/score", json=BODY, headers={"authorization": f"Bearer {MATH}"}, timeout=0.3)
+        service.engine.gate.set()
+        await until(lambda: service.scoring.num_in_flight == 0)
+        assert await counts(service) == {}
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("num_read", [0, 1, 3])
+async def test_a_caller_that_leaves_a_stream_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, num_read: int
+) -> None:
+    async with serving_hidden(monkeypatch) as (service, address), grpc.aio.insecure_channel(address) as channel:
+        request = make_request(3, num_response=5000, wants_hidden_states=True)
+        for _ in range(5):
+            call = TeacherServiceStub(channel).ScoreStream(pb.ScoreStreamRequest(request=request_to_proto(request)))
+            for _ in range(num_read):
+                await call.read()
+            call.cancel()
+        await until(lambda: service.scoring.num_in_flight == 0)
+        assert counted_errors(service.metrics.render().decode()) == {}
+    assert "Traceback" not in caplog.text
