@@ -87,13 +87,19 @@ def _step_values(record: StepRecord) -> dict[str, float]:
     """Optimizer, tokens, times and speed."""
     timings = {f"timing/{name}": seconds for name, seconds in record.timings_s.items()}
     num_tokens = sum(item.num_response_tokens for item in record.scored)
-    return timings | {
-        "optim/grad_norm": record.grad_norm,
-        "optim/lr": record.lr,
-        "rollout/response_tokens": float(num_tokens),
-        "timing/tokens_per_second": num_tokens / record.timings_s["step"],
-        "timing/rollout_tokens_per_second": num_tokens / record.timings_s["rollout"],
-    }
+    sampling_s = record.timings_s["rollout"]
+    # With a lag the last steps sample nothing.
+    speed = {"timing/rollout_tokens_per_second": num_tokens / sampling_s} if sampling_s else {}
+    return (
+        timings
+        | speed
+        | {
+            "optim/grad_norm": record.grad_norm,
+            "optim/lr": record.lr,
+            "rollout/response_tokens": float(num_tokens),
+            "timing/tokens_per_second": num_tokens / record.timings_s["step"],
+        }
+    )
 
 
 def _sent_counts(record: StepRecord) -> dict[str, float]:
