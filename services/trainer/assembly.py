@@ -19,20 +19,20 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from opd.client import SyncScoreClient
-from opd.errors import CheckpointError, ConfigError
-from opd.queue.connection import hide_password
+from opd.errors import ConfigError
 from services.trainer.alarms.desk import AlarmDesk, require_horizon
 from services.trainer.alarms.watch import AlarmWatch
 from services.trainer.batch import ScoredRollout, build_batch
 from services.trainer.checkpoint import Checkpoint, CheckpointStore, TrainerState
 from services.trainer.config import ONLY_TEACHER, OnScoreFailure, TrainSettings
 from services.trainer.console import RunConsole
+from services.trainer.continuity import begin_anew, check_continuity, public_config, restore, starting_point
 from services.trainer.evaluator import Evaluator
 from services.trainer.horizon import Horizon
 from services.trainer.http_api import RunStatus, StatusServer
 from services.trainer.loggers.build import open_loggers
 from services.trainer.loggers.contract import Loggers
-from services.trainer.loop import LoopSettings, Scorer, TrainingLoop
+from services.trainer.loop import LoopSettings, TrainingLoop
 from services.trainer.loss import DistillLoss
 from services.trainer.models import LoadedModel, load_model
 from services.trainer.objectives.config import ObjectiveKind
@@ -46,6 +46,7 @@ from services.trainer.rollout.base import SamplingParams
 from services.trainer.rollout.transformers_engine import TransformersEngine
 from services.trainer.run_log import RunLog
 from services.trainer.step_metrics import StepMetrics
+from services.trainer.step_rollouts import Scorer
 from services.trainer.stop import StopSignal
 from services.trainer.student import Student, StudentOptimizer
 from services.trainer.teacher_head import TeacherHead
@@ -95,14 +96,14 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
     status, console = RunStatus(), RunConsole(Console(stderr=True))
     log = RunLog(settings.run_dir)
     store = CheckpointStore(settings.run_dir / CHECKPOINTS, keep_last=settings.checkpoint.keep_last)
-    checkpoint = _starting_point(log, store, resume=resume)
+    checkpoint = starting_point(log, store, resume=resume)
     _serve_status(settings, status, opened)
     links = connect_teachers(settings, opened) if settings.objective.uses_teacher else {}
     source = str(checkpoint.folder) if checkpoint else settings.student.model
     loaded = load_model(source, device=settings.student.device)
     prompts = prepare_prompts(settings, loaded.tokenizer)
     if checkpoint is not None:
-        _check_continuity(checkpoint, prompts, settings)
+        check_continuity(checkpoint, prompts, settings)
     engine = _engine(settings, loaded, score_top_k=settings.objective.score_top_k)
     _check_context(settings, engine.max_context)
     held = held_teacher(settings, loaded, checkpoint) if settings.objective.uses_teacher else None
@@ -141,12 +142,12 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
         gradient_checkpointing=settings.student.gradient_checkpointing,
     )
     optimizer = StudentOptimizer(loaded.model, settings.optim)
-    config = _public_config(settings)
+    config = public_config(settings)
     log.create(config)
     if parts.checkpoint is not None:
-        _restore(parts.checkpoint, optimizer, log, settings)
+        restore(parts.checkpoint, optimizer, log, settings)
     elif parts.resume and log.has_run():
-        _begin_anew(log)
+        begin_anew(log)
     loss = DistillLoss(student, build_objective(settings.objective), settings.objective, parts.teacher_head)
     first_step = parts.checkpoint.state.step if parts.checkpoint else 0
     horizon = _horizon(settings, log)
@@ -226,34 +227,12 @@ def _step_metrics(parts: _Parts, student: Student, loss: DistillLoss) -> StepMet
     )
 
 
-def _public_config(settings: TrainSettings) -> dict[str, Any]:
-    """What is written beside the run: everything but the passwords of the queues' URLs."""
-    config = settings.model_dump(mode="json")
-    for teacher in (config["teacher"], *config["teachers"].values()):
-        teacher["url"] = teacher["url"] and hide_password(teacher["url"])
-    return config
-
-
 def _make_deterministic(settings: TrainSettings) -> None:
     torch.manual_seed(settings.seed)
     if settings.deterministic:
         # cuBLAS reads this when its first handle is made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-
-
-def _starting_point(log: RunLog, store: CheckpointStore, *, resume: bool) -> Checkpoint | None:
-    """The last checkpoint of a run to go on with; refuses to write over a run that is not to be resumed."""
-    if resume:
-        checkpoint = store.latest()
-        if checkpoint is None:
-            _log.warning("run_dir=%s has no checkpoint, so the run begins at its beginning", log.run_dir)
-        return checkpoint
-    if log.has_run() or store.folders():
-        raise ConfigError(
-            f"run_dir={log.run_dir}: holds a run already; use --resume to go on with it, or another folder"
-        )
-    return None
 
 
 def _serve_status(settings: TrainSettings, status: RunStatus, opened: ExitStack) -> None:
@@ -319,40 +298,6 @@ def _check_context(settings: TrainSettings, max_context: int) -> None:
         )
 
 
-def _check_continuity(checkpoint: Checkpoint, prompts: PreparedPrompts, settings: TrainSettings) -> None:
-    """The schedule's position means nothing for other prompts or another order."""
-    state = checkpoint.state
-    if (state.prompts_digest, state.seed) != (prompts.digest, settings.seed):
-        raise CheckpointError(
-            f"checkpoint {checkpoint.folder}: was made with other prompts or another seed than this configuration's; "
-            "give it the same data and seed, or another run_dir"
-        )
-
-
-def _restore(checkpoint: Checkpoint, optimizer: StudentOptimizer, log: RunLog, settings: TrainSettings) -> None:
-    """Puts optimizer, random generators and log back to where the checkpoint left them."""
-    state = checkpoint.state
-    optimizer.load_state_tensors(checkpoint.optimizer_tensors())
-    checkpoint.restore_random_state()
-    log.drop_after(state.step)
-    now = _public_config(settings)
-    changed = sorted(
-        name
-        for name in now
-        if name not in ("run_dir", "log", "http", "tracing") and now[name] != state.config.get(name)
-    )
-    if changed:
-        _log.warning("the run goes on with other settings than it had: %s", ", ".join(changed))
-    log.write_event("resume", step=state.step, changed=changed)
-
-
-def _begin_anew(log: RunLog) -> None:
-    """What an attempt that died before its first checkpoint has left must not count as this one's past."""
-    log.drop_after(0)
-    (log.run_dir / PROBE_FILE).unlink(missing_ok=True)
-    log.write_event("resume", step=0, changed=[])
-
-
 def _loop_settings(settings: TrainSettings, num_steps: int) -> LoopSettings:
     rollout = settings.rollout
     # A step that is taken again after a resume must not be answered with replies to its first attempt.
@@ -373,6 +318,9 @@ def _loop_settings(settings: TrainSettings, num_steps: int) -> LoopSettings:
         aggregation=settings.objective.aggregation,
         has_entropy_bonus=settings.objective.entropy_bonus > 0,
         drops_unscored=settings.teacher.on_score_failure is OnScoreFailure.DROP,
+        mode=settings.pipeline.mode,
+        max_policy_lag=settings.pipeline.max_policy_lag,
+        deterministic=settings.deterministic,
     )
 
 

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from opd.errors import InternalError, OpdError
@@ -61,15 +62,15 @@ def _run(settings: TrainSettings, stop: StopSignal, *, resume: bool) -> int:
         _log.info("stopped by %s before the first step", request.signal_name)
         return request.exit_code
     try:
-        run.train()
+        # Closed before an error is told, so that the last line is the reason.
+        with closing(run):
+            run.train()
     except OpdError as error:
         return _refuse(error, FAILED)
     except StopRequested as request:
         return request.exit_code
     except StoppedByAlarm:
         return ALARMED
-    finally:
-        run.close()
     return 0
 
 
