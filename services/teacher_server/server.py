@@ -134,6 +134,7 @@ class Replica:
         self._run("scoring", scoring.run())
         await scoring.check_canary()
         self._slot.fill(scoring)
+        self._metrics.know_teacher(scoring.info().teacher, scoring.info().fingerprint)
         self._readiness.clear(Part.START)
         self._run("canary", self._keep_probing(scoring))
         self._run("stall", self._watch_stalls(scoring))
