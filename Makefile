@@ -5,7 +5,7 @@ STEPS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test test-vllm test-e2e lint format proto clean
+.PHONY: help setup demo test test-vllm test-peer test-e2e lint format proto clean
 
 help:                 ## show this list
 	@grep -E '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -28,6 +28,10 @@ test-vllm:            ## the engine contract tests on vLLM too, in .venv-vllm (m
 	OPD_REQUIRE_VLLM=1 VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 \
 	    .venv-vllm/bin/python -m pytest tests/contract/engines -k "not process"
 
+test-peer: $(READY)   ## a training step beside TRL's, in .venv-peer (made when it is not there)
+	@scripts/setup_peer.sh
+	OPD_REQUIRE_PEER=1 $(BIN)/python -m pytest tests/integration/benchmarks
+
 test-e2e: $(READY)    ## the images and docker-compose.yml in a real Docker engine: this machine's, or one of our own (root)
 	$(BIN)/python -m pytest tests/e2e
 	@cat .e2e/images.txt 2>/dev/null || true
@@ -48,4 +52,4 @@ proto: $(READY)       ## generate opd/wire/pb from proto/
 	scripts/generate_proto.sh
 
 clean:                ## remove what was made here, .venv included
-	rm -rf .venv .venv-vllm .buf .e2e .kubernetes build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-peer .buf .e2e .kubernetes build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,6 +8,7 @@ import json
 import subprocess
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -91,7 +92,7 @@ def _measured(records: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
             "step_s": record["time"] - before["time"],
             "num_tokens": record["rollout/response_tokens"],
         }
-        for before, record in zip(records, records[1:], strict=False)
+        for before, record in pairwise(records)
     ]
 
 

@@ -44,6 +44,9 @@ class Plan:
         return [
             f"student.model={json.dumps(str(MODELS / STUDENT))}",
             f"student.max_micro_batch_tokens={self.micro_batch_tokens}",
+            # While it samples, the teacher has the other core; while it updates, nobody has.
+            f"student.threads={self.cores}",
+            f"rollout.threads={max(1, self.cores - 1)}",
             f"teacher.pool={TEACHER}",
             f"teacher.url={json.dumps(url)}",
             f"data.files=[{json.dumps(str(DATA / 'train.jsonl'))}]",

@@ -121,9 +121,7 @@ def _train_with_trl(venv: Path, folder: Path, cores: int) -> dict[str, Any]:
 
 def _counted(steps: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
     """Without the first step, which warms up; what a step did beside generating and scoring is its update."""
-    return [
-        {**step, "update_s": step["step_s"] - step["generate_s"] - step["score_s"]} for step in steps[1:]
-    ]
+    return [{**step, "update_s": step["step_s"] - step["generate_s"] - step["score_s"]} for step in steps[1:]]
 
 
 def _tell(number: int, side: str, steps: Sequence[Mapping[str, float]]) -> None:
@@ -160,16 +158,20 @@ def _result(
     rounds = [_counted(run["steps"]) for run in trl]
     ratios = [_mean(theirs, "step_s") / _mean(own, "step_s") for theirs, own in zip(rounds, ours, strict=True)]
     theirs = trl[0]["steps"][0]
-    return result | _side("trl", rounds) | {
-        "times_trl": round(statistics.median(ratios), 3),
-        "times_trl_by_round": [round(ratio, 3) for ratio in ratios],
-        "first_loss_ours": first[0],
-        "first_loss_trl": theirs["loss"],
-        "first_loss_difference": abs(first[0] - theirs["loss"]),
-        "first_grad_norm_ours": first[1],
-        "first_grad_norm_trl": theirs.get("grad_norm"),
-        "loss_reduction": "sum over response tokens / number of response tokens, both sides",
-    }
+    return (
+        result
+        | _side("trl", rounds)
+        | {
+            "times_trl": round(statistics.median(ratios), 3),
+            "times_trl_by_round": [round(ratio, 3) for ratio in ratios],
+            "first_loss_ours": first[0],
+            "first_loss_trl": theirs["loss"],
+            "first_loss_difference": abs(first[0] - theirs["loss"]),
+            "first_grad_norm_ours": first[1],
+            "first_grad_norm_trl": theirs.get("grad_norm"),
+            "loss_reduction": "sum over response tokens / number of response tokens, both sides",
+        }
+    )
 
 
 def _circumstances(

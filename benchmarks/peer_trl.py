@@ -2,8 +2,8 @@
 
 Nothing of this project is imported: what is measured is `trl.DistillationTrainer` as its users run it, with clocks put
 around three of its methods. Read from TRL 1.16.0: prompts are padded on the left and completions on the right, all rows
-of a step decode until the last one has ended, the teacher's forward pass is part of the loss, and the loss is the sum of
-the divergences over all completion tokens of the step divided by their number.
+of a step decode until the last one has ended, the teacher's forward pass is part of the loss, and the loss is the sum
+of the divergences over all completion tokens of the step divided by their number.
 """
 
 import json

@@ -93,6 +93,8 @@ def assemble(settings: TrainSettings, stop: StopSignal, *, resume: bool) -> Trai
 def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, resume: bool) -> _Parts:
     transformers_logging.disable_progress_bar()
     _make_deterministic(settings)
+    if settings.student.threads is not None:
+        torch.set_num_threads(settings.student.threads)
     status, console = RunStatus(), RunConsole(Console(stderr=True))
     log = RunLog(settings.run_dir)
     store = CheckpointStore(settings.run_dir / CHECKPOINTS, keep_last=settings.checkpoint.keep_last)
@@ -283,6 +285,7 @@ def _engine(settings: TrainSettings, loaded: LoadedModel, *, score_top_k: int | 
         num_defined_ids=loaded.num_defined_ids,
         score_top_k=score_top_k,
         max_slots=settings.rollout.max_slots,
+        num_threads=settings.rollout.threads,
         # As the student trains, so that sampling and training see the same distribution.
         autocast_dtype=torch.bfloat16 if loaded.model.device.type == "cuda" else None,
     )

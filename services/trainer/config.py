@@ -66,6 +66,8 @@ class StudentSettings(Settings):
     """Padded tokens of one forward and backward pass; the step's result does not depend on it."""
     row_chunk: PositiveInt = 256
     """Response positions whose logits over the whole vocabulary exist at a time."""
+    threads: PositiveInt | None = None
+    """CPU threads that compute; unset has `OMP_NUM_THREADS`, or else the machine, decide."""
 
 
 class TeacherSettings(HeldTeacherSettings):
@@ -148,6 +150,9 @@ class RolloutSettings(Settings):
     """A response that has not ended by then is cut off, and trains."""
     max_slots: PositiveInt = 256
     """Responses decoded at the same time; bounds the memory of their caches."""
+    threads: PositiveInt | None = None
+    """CPU threads while responses are sampled, as a teacher on the same machine works at the same time; unset has as
+    many as for everything else."""
 
 
 class OptimSettings(Settings):

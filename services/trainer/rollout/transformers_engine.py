@@ -15,6 +15,7 @@ from opd.types import Rollout
 from services.trainer.rollout.base import RolloutRequest, SamplingParams
 from services.trainer.rollout.decode_batch import DecodeBatch
 from services.trainer.rollout.slot_model import SlotModel
+from services.trainer.threads import computing_with
 
 
 class TransformersEngine:
@@ -22,7 +23,8 @@ class TransformersEngine:
 
     `score_top_k` ids per position are recorded with log-probs and entropy; None records nothing but tokens: log-probs
     and entropy are then NaN and the top-k tables have shape [R, 0]. `autocast_dtype` runs the layers of an fp32 student
-    in lower precision, as training does on CUDA; the output head and all that follows stays in fp32.
+    in lower precision, as training does on CUDA; the output head and all that follows stays in fp32. `num_threads` is
+    how many threads of a CPU sample; None leaves it at what torch computes with.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class TransformersEngine:
         max_slots: int = 256,
         max_prefill_tokens: int = 16384,
         autocast_dtype: torch.dtype | None = None,
+        num_threads: int | None = None,
     ) -> None:
         if max_slots < 1:
             raise ConfigError(f"rollout.max_slots: {max_slots} is too small; give 1 or more")
@@ -47,6 +50,7 @@ class TransformersEngine:
         self._score_top_k = score_top_k
         self._max_slots = max_slots
         self._max_prefill_tokens = max_prefill_tokens
+        self._num_threads = num_threads
 
     @property
     def max_context(self) -> int:
@@ -66,7 +70,7 @@ class TransformersEngine:
         if not requests:
             return []
         rollouts: dict[int, Rollout] = {}
-        with self._slot_model.sampling_mode():
+        with computing_with(self._num_threads), self._slot_model.sampling_mode():
             for index, rollout in self._batch(requests, sampling).run():
                 rollouts[index] = rollout
                 if on_finish is not None:

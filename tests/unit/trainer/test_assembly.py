@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from opd.errors import CheckpointError, ConfigError, TeacherUnavailableError
 from opd.queue.embedded import EmbeddedRedis
@@ -212,3 +213,19 @@ def test_resuming_without_a_checkpoint_forgets_what_the_dead_attempt_left(
     assert not (run_dir / PROBE_FILE).exists(), "four rollouts a step make no probe"
     events = [json.loads(line) for line in (run_dir / EVENTS_FILE).read_text(encoding="utf-8").splitlines()]
     assert (events[0]["event"], events[0]["step"]) == ("resume", 0)
+
+
+def test_the_student_computes_with_as_many_threads_as_it_is_told(world: tuple[Path, str], tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        with pytest.raises(TeacherUnavailableError):
+            refuse(world, tmp_path / "run", f"student.threads={before + 1}")
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("field", ["student.threads", "rollout.threads"])
+def test_no_threads_at_all_are_refused(world: tuple[Path, str], tmp_path: Path, field: str) -> None:
+    with pytest.raises(ConfigError, match=field):
+        refuse(world, tmp_path / "run", f"{field}=0")

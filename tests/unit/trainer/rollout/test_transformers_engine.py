@@ -279,3 +279,26 @@ def test_learned_positions_work_too() -> None:
     sharpen(model)
     for rollout in engine(model).sample(requests(5), SamplingParams(max_response_tokens=12)):
         assert_recorded_exactly(model, rollout)
+
+
+def test_sampling_has_its_own_threads_and_leaves_the_rest_as_they_were() -> None:
+    before = torch.get_num_threads()
+    seen: list[int] = []
+    try:
+        torch.set_num_threads(3)
+        for num_threads in (1, 2, None):
+            sampler = engine(qwen(), num_threads=num_threads)
+            sampler.sample(requests(3), SamplingParams(max_response_tokens=4), on_finish=lambda _: seen.append(count()))
+            assert count() == 3
+        with pytest.raises(ZeroDivisionError):
+            engine(qwen(), num_threads=1).sample(
+                requests(1), SamplingParams(max_response_tokens=4), on_finish=lambda _: seen.append(1 // 0)
+            )
+        assert count() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+def count() -> int:
+    return torch.get_num_threads()
