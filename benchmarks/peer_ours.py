@@ -122,6 +122,7 @@ def _rollouts(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int
 
 def _first_loss(settings: Any, rollouts: Sequence[Rollout]) -> tuple[float, float]:
     import torch
+    from transformers.utils import logging
 
     from services.trainer.batch import ScoredRollout, build_batch, micro_batches
     from services.trainer.config import ONLY_TEACHER
@@ -132,6 +133,7 @@ def _first_loss(settings: Any, rollouts: Sequence[Rollout]) -> tuple[float, floa
     from services.trainer.teacher_head import TeacherHead
     from services.trainer.teacher_links import build_router, connect_teachers
 
+    logging.disable_progress_bar()
     loaded = load_model(settings.student.model, device="cpu")
     student = Student(loaded.model, num_defined_ids=loaded.num_defined_ids, temperature=settings.rollout.temperature)
     with ExitStack() as opened:
