@@ -5,7 +5,7 @@
 `scripts/setup_peer.sh` puts into `.venv-peer`, and with this project's services (Redis, teacher process, trainer
 process, `objective.kind=top_k`), in turn, several rounds over. All processes of a side share the same cores. A step
 lasts from the end of one to the end of the next, with whatever a side does in between. `score` is the teacher's forward
-pass at TRL, and here what the step still waits for when everything has been sampled. On TRL's first rollouts both
+pass at TRL, and here the time in which a step can only wait for scores. On TRL's first rollouts both
 losses are computed: a sum over response tokens divided by their number, on either side.
 """
 

@@ -40,9 +40,10 @@ def test_both_sides_train_and_their_first_losses_agree() -> None:
     assert result["first_grad_norm_ours"] == pytest.approx(result["first_grad_norm_trl"], rel=1e-3)
     assert result["times_trl"] == pytest.approx(result["trl_step_s"] / result["ours_step_s"], rel=0.01)
     for side in ("ours", "trl"):
-        parts = [result[f"{side}_{part}_s"] for part in ("generate", "score", "update")]
-        # Each side was seen at work, and its parts do not add up to more than the whole.
-        assert all(part > 0 for part in parts) and sum(parts) <= result[f"{side}_step_s"] * 1.01
+        generate, score, update = (result[f"{side}_{part}_s"] for part in ("generate", "score", "update"))
+        # Each side was seen at work, and its parts do not add up to more than the whole. Ours need not wait for scores.
+        assert generate > 0 and update > 0 and score >= (0 if side == "ours" else 1e-6)
+        assert generate + score + update <= result[f"{side}_step_s"] * 1.01
         # 16 rollouts: more than one token each, fewer than the limit.
         assert 16 < result[f"{side}_response_tokens"] < 16 * result["max_response_tokens"]
 
