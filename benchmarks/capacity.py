@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from benchmarks.report import show
 from opd.queue.client_rules import MEMORY_FRACTION
 
-GIB = 1 << 30
+GIB, KIB = 1 << 30, 1 << 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,10 +24,27 @@ class Costs:
     """Trainer's or teacher's link, both directions, of a response token; `wire_bytes`, k = 16, float16."""
     redis_bytes_per_token: float = 184.4
     """Into and out of Redis together; `wire_bytes`, k = 16, float16."""
-    cpu_ms_per_request: float = 1.31
-    """Redis and replica together, 512 tokens a request; `pool_scaling`, two cores of a shared machine."""
-    redis_cpu_ms_per_request: float = 0.5
-    """Of that, Redis's own, which has one core for its commands; `pool_scaling --quick` on a busy machine."""
+    redis_fixed_ms: float = 0.53
+    """CPU time of Redis for a request, whatever its size; this and the next three by `request_cost`, k = 16, float16,
+    two cores of a busy machine."""
+    redis_ms_per_kib: float = 0.0033
+    """More for each KiB of request and reply, as they pass the student's link."""
+    replica_fixed_ms: float = 1.2
+    """CPU time of the replica beside its model."""
+    replica_ms_per_kib: float = 0.019
+    """More for each KiB: decoding, checking, encoding."""
+
+    def request_kib(self, response_tokens: float) -> float:
+        """Request and reply of so many response tokens."""
+        return response_tokens * self.link_bytes_per_token / KIB
+
+    def redis_ms(self, kib: float) -> float:
+        """CPU time of one request in Redis, which has one core for its commands."""
+        return self.redis_fixed_ms + self.redis_ms_per_kib * kib
+
+    def replica_ms(self, kib: float) -> float:
+        """CPU time of one request in its replica, the model left out."""
+        return self.replica_fixed_ms + self.replica_ms_per_kib * kib
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +71,9 @@ class Load:
     """maxmemory of one Redis."""
     redis_gbit_per_s: float = 10.0
     """Of its network, in each direction."""
+    redis_utilisation: float = 0.6
+    """Share of its core and of its network that a Redis is planned to use at the peak. The rest is for what no line
+    foresees: rewriting its file, trainers that reconnect all at once, a machine on which all costs more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,22 +108,24 @@ def capacity(load: Load, costs: Costs | None = None) -> Need:
         for field in fields(given):
             if getattr(given, field.name) <= 0:
                 raise ValueError(f"{field.name}={getattr(given, field.name)}: give more than 0")
-    if load.utilisation > 1:
-        raise ValueError(f"utilisation={load.utilisation}: is a share; give 1 or less")
+    for name in ("utilisation", "redis_utilisation"):
+        if getattr(load, name) > 1:
+            raise ValueError(f"{name}={getattr(load, name)}: is a share; give 1 or less")
     requests_per_s = load.peak * load.students * load.rollouts_per_step / load.step_s
     response_tokens_per_s = requests_per_s * load.response_tokens
     scored_tokens_per_s = requests_per_s * (load.prompt_tokens + load.response_tokens)
     replicas = math.ceil(scored_tokens_per_s / (load.teacher_tokens_per_s * load.utilisation))
     redis_bytes_per_s = response_tokens_per_s * costs.redis_bytes_per_token
-    redis_cores = requests_per_s * costs.redis_cpu_ms_per_request / 1000
+    kib = costs.request_kib(load.response_tokens)
+    redis_cores = requests_per_s * costs.redis_ms(kib) / 1000
     step_bytes = load.rollouts_per_step * load.response_tokens * costs.link_bytes_per_token
     backlog_bytes = load.students * step_bytes
     shards = {
         # Above that share `submit` refuses, so it is all that a queue may hold.
         "memory": backlog_bytes / (MEMORY_FRACTION * load.redis_gib * GIB),
         # In and out are two directions of one link.
-        "network": redis_bytes_per_s / 2 * 8 / (load.redis_gbit_per_s * 1e9),
-        "cpu": redis_cores,
+        "network": redis_bytes_per_s / 2 * 8 / (load.redis_gbit_per_s * 1e9) / load.redis_utilisation,
+        "cpu": redis_cores / load.redis_utilisation,
     }
     shards_by = max(shards, key=lambda name: shards[name])
     return Need(
@@ -114,7 +136,7 @@ def capacity(load: Load, costs: Costs | None = None) -> Need:
         student_mbit_per_s=step_bytes * 8 / load.step_s / 1e6,
         redis_gbit_per_s=redis_bytes_per_s * 8 / 1e9,
         redis_cores=redis_cores,
-        replica_overhead_cores=requests_per_s * (costs.cpu_ms_per_request - costs.redis_cpu_ms_per_request) / 1000,
+        replica_overhead_cores=requests_per_s * costs.replica_ms(kib) / 1000,
         backlog_gib=backlog_bytes / GIB,
         shards=math.ceil(shards[shards_by]),
         shards_by=shards_by,

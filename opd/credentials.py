@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from opd.errors import ConfigError
+from opd.paths import PATH_FAULTS, path_fault
 from opd.settings import read_secret, read_secret_file
 
 
@@ -75,8 +76,8 @@ def read_pem(name: str, path: Path) -> bytes:
     """A certificate or key file; ConfigError in one line when it is none."""
     try:
         content = path.expanduser().read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{name}={path}: cannot be read ({error.strerror}); give a PEM file") from None
+    except PATH_FAULTS as error:
+        raise ConfigError(f"{name}={path}: cannot be read ({path_fault(error)}); give a PEM file") from None
     if b"-----BEGIN " not in content:
         raise ConfigError(f"{name}={path}: is no PEM file; give one that holds -----BEGIN ...")
     return content

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from opd.errors import ConfigError
+from opd.paths import PATH_FAULTS, path_fault
 
 
 class Settings(BaseModel):
@@ -58,7 +59,7 @@ def read_secret(name: str, environ: Mapping[str, str] | None = None) -> str | No
 
 def read_secret_file(name: str, path: Path) -> str:
     """The content of the file that the setting `name` points to; ConfigError when it is not there or empty."""
-    secret = _secret_text(f"{name}={path}", path.expanduser(), "give the path of a file that can")
+    secret = _secret_text(f"{name}={path}", path, "give the path of a file that can")
     if not secret:
         raise ConfigError(f"{name}={path}: is empty; write the secret into it or unset it")
     return secret
@@ -66,10 +67,9 @@ def read_secret_file(name: str, path: Path) -> str:
 
 def _secret_text(setting: str, path: Path, way_out: str) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-        raise ConfigError(f"{setting}: cannot be read ({reason}); {way_out}") from None
+        return path.expanduser().read_text(encoding="utf-8").strip()
+    except PATH_FAULTS as error:
+        raise ConfigError(f"{setting}: cannot be read ({path_fault(error)}); {way_out}") from None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

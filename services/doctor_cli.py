@@ -18,9 +18,7 @@ def doctor(
     grpc: Annotated[list[str] | None, typer.Option(help="grpc(s)://host:port of teachers; may be repeated.")] = None,
     tenant: Annotated[str, typer.Option(help="Look as this tenant's trainer would, with its token.")] = "",
     user: Annotated[str, typer.Option(help="User of Redis; its password is OPD_REDIS_PASSWORD or its file.")] = "",
-    score: Annotated[
-        bool, typer.Option("--score", help="Have one token scored through each pool and address.")
-    ] = False,
+    score: Annotated[bool, typer.Option("--score", help="Send one request through each pool and address.")] = False,
     tenants_file: Annotated[Path | None, typer.Option(envvar="OPD_TENANTS_FILE", help="Of `opd tenants`.")] = None,
     folder: Annotated[
         list[Path] | None, typer.Option(help="Where something will be written; default: runs, ~/.cache/opd.")

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from opd.errors import InternalError, InvalidRequestError, PermissionDeniedError
-from opd.queue.connection import QueueConnection
+from opd.queue.connection import QueueConnection, info_field
 from opd.queue.keys import SHARED_NAMES, TENANT_NAMES, PoolKeys, alias_key, check_pool, check_tenant
 
 _CONNECTION = "+ping +info +hello +client|setname +select +time"
@@ -72,7 +72,7 @@ def hash_password(name: str, password: str) -> str:
 async def read_version(connection: QueueConnection) -> tuple[int, int]:
     """Major and minor number of the server."""
     server = await connection.call(lambda redis: redis.info("server"))
-    major, minor = str(server["redis_version"]).split(".")[:2]
+    major, minor = info_field(server, "redis_version", connection.label).split(".")[:2]
     return int(major), int(minor)
 
 

@@ -6,9 +6,9 @@ is how the client knows that it must ask what became of its rollouts.
 
 import logging
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -39,6 +39,24 @@ def hide_password(url: str) -> str:
     """The URL as it may stand in a message."""
     shown = re.sub(r"([?&]password=)[^&#]*", r"\1***", url)
     return re.sub(r"://([^:@]*):.*@", r"://\1:***@", shown)
+
+
+def without_identity(url: str) -> str:
+    """The same place, without user and password."""
+    parts = urlsplit(url)
+    kept = [(name, value) for name, value in parse_qsl(parts.query) if name not in ("username", "password")]
+    place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    return f"{place}?{urlencode(kept)}" if kept else place
+
+
+def info_field(info: Mapping[str, Any], name: str, label: str) -> str:
+    """One field of the answer to INFO; QueueMisconfiguredError where it is not there."""
+    if name not in info:
+        raise QueueMisconfiguredError(
+            f"redis {label}: its INFO has no {name}, so nobody can tell whether requests are safe there; "
+            "have the service or proxy in front of it pass INFO on, or run Redis or Valkey yourself"
+        )
+    return str(info[name])
 
 
 class QueueConnection:
@@ -89,7 +107,8 @@ class QueueConnection:
         rules = RetryRules(total_s=patience_s, attempt_timeout_s=max(patience_s, 1.0))
         server = await self._run(lambda redis: redis.info("server"), rules)
         memory = await self._run(lambda redis: redis.info("memory"), rules)
-        self._check(str(server["redis_version"]), str(memory["maxmemory_policy"]))
+        version = info_field(server, "redis_version", self.label)
+        self._check(version, info_field(memory, "maxmemory_policy", self.label))
         self.epoch = 0
 
     def _check(self, version: str, policy: str) -> None:

@@ -5,12 +5,13 @@ would refuse. Every trial reads, or writes to a key of its own that is gone with
 """
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from opd.errors import InternalError, PermissionDeniedError
+from opd.credentials import Credentials
+from opd.errors import InternalError, PermissionDeniedError, UnauthenticatedError
 from opd.queue.access import who_am_i
-from opd.queue.connection import QueueConnection
+from opd.queue.connection import QueueConnection, info_field, without_identity
 from opd.queue.keys import GROUP, PoolKeys, alias_key
 
 _Command = tuple[str, ...]
@@ -35,13 +36,14 @@ class ServerFacts:
 
 
 async def read_server(connection: QueueConnection) -> ServerFacts:
-    """Asks once; raises as `QueueConnection.call` does and judges nothing."""
+    """Asks once and judges nothing; raises as `QueueConnection.call` and `info_field` do."""
     info: dict[str, Any] = await connection.call(lambda redis: redis.info())
+    label = connection.label
     return ServerFacts(
-        version=str(info["redis_version"]),
-        policy=str(info["maxmemory_policy"]),
-        used_memory_bytes=int(info["used_memory"]),
-        max_memory_bytes=int(info["maxmemory"]),
+        version=info_field(info, "redis_version", label),
+        policy=info_field(info, "maxmemory_policy", label),
+        used_memory_bytes=int(info_field(info, "used_memory", label)),
+        max_memory_bytes=int(info_field(info, "maxmemory", label)),
         has_append_only_file=bool(info.get("aof_enabled")),
         writes_fail="err" in (info.get("aof_last_write_status"), info.get("rdb_last_bgsave_status")),
         user=await _user(connection),
@@ -53,6 +55,22 @@ async def _user(connection: QueueConnection) -> str:
         return await who_am_i(connection)
     except PermissionDeniedError:
         return ""
+
+
+async def answers_anybody(url: str, way: Credentials, *, patience_s: float) -> bool:
+    """Whether PING is answered to somebody without user and password; raises as `QueueConnection.call` does.
+
+    Of `way` the certificates are used. A default user that may not PING counts as closed.
+    """
+    nobody = replace(way, token=None, user="")
+    connection = QueueConnection(without_identity(url), patience_s=patience_s, credentials=nobody)
+    try:
+        await connection.call(lambda redis: redis.ping())
+    except (UnauthenticatedError, PermissionDeniedError):
+        return False
+    finally:
+        await connection.close()
+    return True
 
 
 async def missing_tenant_rights(connection: QueueConnection, pool: str, tenant: str) -> list[str]:

@@ -3,12 +3,18 @@
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from opd.errors import OpdError
+from opd.paths import PATH_FAULTS, path_fault
 from opd.settings import read_secret_file
 from services.doctor.findings import Finding, fail, ok, skipped, warn
 from services.doctor.plan import Plan
+
+if TYPE_CHECKING:
+    from services.teacher_server.tenants import TenantTable
 
 _GIB = 2**30
 _MIN_FREE_BYTES = 2**30
@@ -30,6 +36,11 @@ def check_files(plan: Plan) -> list[Finding]:
 def check_folder(folder: Path) -> Finding:
     """Room on the disk under a folder that may not exist yet."""
     check = f"disk {folder}"
+    mend = "give --folder with one that this user may enter"
+    return _guarded(check, "folder", folder, mend, lambda: [_look_at_folder(check, folder)])[0]
+
+
+def _look_at_folder(check: str, folder: Path) -> Finding:
     place = folder.expanduser().absolute()
     while not place.exists():
         place = place.parent
@@ -49,17 +60,16 @@ def check_folder(folder: Path) -> Finding:
 def check_secret(name: str, path: Path) -> Finding:
     """A file that holds a secret: there, readable by us, not empty, and by whom else."""
     check = f"secret {name}"
-    try:
+
+    def look() -> list[Finding]:
         read_secret_file(name, path)
-        mode = stat.S_IMODE(path.expanduser().stat().st_mode)
-    except OpdError as error:
-        return fail(check, error.message, "write the secret into the file it names")
-    except OSError as error:
-        return fail(check, f"{path}: cannot be looked at ({error.strerror})", "give its folder the right to be entered")
-    return _judge_mode(check, path, mode)
+        return [_judge_mode(check, path)]
+
+    return _guarded(check, name, path, "write the secret into a file that this user may read", look)[0]
 
 
-def _judge_mode(check: str, path: Path, mode: int) -> Finding:
+def _judge_mode(check: str, path: Path) -> Finding:
+    mode = stat.S_IMODE(path.expanduser().stat().st_mode)
     if mode & 0o022:
         return fail(check, f"{path}: others may write it (mode {mode:03o})", f"chmod 600 {path}")
     if mode & 0o044:
@@ -70,32 +80,42 @@ def _judge_mode(check: str, path: Path, mode: int) -> Finding:
 
 def check_tenants_file(plan: Plan) -> list[Finding]:
     """Whether teachers can read it, and whether the token at hand is one of the tenant's."""
+    path = plan.tenants_file
+    if path is None:
+        return []
+    mend = "correct it or give --tenants-file; running teachers go on with what they knew"
+    return _guarded("tenants file", "tenants_file", path, mend, lambda: _look_at_tenants(plan, path))
+
+
+def _look_at_tenants(plan: Plan, path: Path) -> list[Finding]:
     from services.teacher_server.tenants import load_tenants
 
-    if plan.tenants_file is None:
-        return []
-    check = "tenants file"
-    try:
-        table = load_tenants(plan.tenants_file)
-        mode = stat.S_IMODE(plan.tenants_file.expanduser().stat().st_mode)
-    except OpdError as error:
-        return [fail(check, error.message, "correct it; running teachers go on with what they knew")]
-    except OSError as error:
-        return [fail(check, f"{plan.tenants_file}: cannot be looked at ({error.strerror})", "give the right path")]
+    table = load_tenants(path)
+    judged = _judge_mode("tenants file", path)
     names = ", ".join(table.tenants) or "nobody"
-    judged = _judge_mode(check, plan.tenants_file, mode)
-    findings = [judged if judged.mend else ok(check, f"{plan.tenants_file}: {names}")]
-    if not plan.tenant:
-        return findings
-    token = plan.credentials.token
+    found = judged if judged.mend else ok("tenants file", f"{path}: {names}")
+    return [found, _judge_token(plan, table)] if plan.tenant else [found]
+
+
+def _judge_token(plan: Plan, table: "TenantTable") -> Finding:
+    check, token = f"token of {plan.tenant}", plan.credentials.token
     if token is None:
-        return [*findings, skipped(f"token of {plan.tenant}", "no token is given")]
+        return skipped(check, "no token is given")
     try:
         owner = table.authenticate(f"Bearer {token}")
     except OpdError:
         owner = None
-    check = f"token of {plan.tenant}"
     if owner == plan.tenant:
-        return [*findings, ok(check, "is valid by the tenants file")]
+        return ok(check, "is valid by the tenants file")
     whose = f"is that of {owner}" if owner else "is nobody's by the tenants file"
-    return [*findings, fail(check, whose, f"opd tenants rotate {plan.tenant}, and hand the new token over")]
+    return fail(check, whose, f"opd tenants rotate {plan.tenant}, and hand the new token over")
+
+
+def _guarded(check: str, field: str, path: Path, mend: str, look: Callable[[], list[Finding]]) -> list[Finding]:
+    """What `look` finds; a path that cannot be looked at, for whatever reason, is the finding itself."""
+    try:
+        return look()
+    except OpdError as error:
+        return [fail(check, error.message, mend)]
+    except PATH_FAULTS as error:
+        return [fail(check, f"{field}={path}: cannot be looked at ({path_fault(error)})", mend)]

@@ -1,13 +1,12 @@
 """Redis: reachable, new enough, set up so that it loses nothing, and open to whom it should be."""
 
 import re
-from urllib.parse import urlsplit
 
-from opd.credentials import is_loopback
-from opd.errors import OpdError, QueueUnavailableError, UnauthenticatedError
+from opd.errors import OpdError, QueueMisconfiguredError, QueueUnavailableError, UnauthenticatedError
 from opd.queue.client_rules import MEMORY_FRACTION
 from opd.queue.connection import QueueConnection
 from opd.queue.examination import ServerFacts, missing_pool_rights, missing_tenant_rights, read_server
+from services.doctor.entrance_checks import check_entrance
 from services.doctor.findings import Finding, fail, ok, skipped, warn
 from services.doctor.plan import Plan
 
@@ -24,6 +23,8 @@ async def check_redis(plan: Plan, connection: QueueConnection) -> list[Finding]:
         return [fail("redis user", error.message, "give the password of this user, or another user")]
     except QueueUnavailableError as error:
         return [fail("redis", error.message, "start it, correct the URL, or open the way to it")]
+    except QueueMisconfiguredError as error:
+        return [fail("redis", error.message, "make INFO whole, or run a Redis or Valkey of your own")]
     except OpdError as error:
         # A tenant's user may not be allowed to ask for everything; what follows says what it lacks.
         return [fail("redis", error.message, _RENDER)]
@@ -34,7 +35,7 @@ async def check_redis(plan: Plan, connection: QueueConnection) -> list[Finding]:
         _judge_memory(facts),
         _judge_persistence(facts),
     ]
-    return [*findings, *_judge_entrance(plan, facts)]
+    return [*findings, *await check_entrance(plan)]
 
 
 _RENDER = "opd tenants acl --apply, with every pool named by --teacher"
@@ -81,22 +82,6 @@ def _judge_persistence(facts: ServerFacts) -> Finding:
         return ok(check, "append-only file")
     return warn(check, "no append-only file: after a restart trainers send everything again",
                 "CONFIG SET appendonly yes, and in its configuration file")  # fmt: skip
-
-
-def _judge_entrance(plan: Plan, facts: ServerFacts) -> list[Finding]:
-    parts = urlsplit(plan.redis_url or "")
-    host = parts.hostname or "localhost"
-    is_far = parts.scheme != "unix" and not is_loopback(host)
-    found = []
-    if parts.password:
-        found.append(warn("redis password", "stands in the URL, which other users may see in the list of processes",
-                          "give it by OPD_REDIS_URL_FILE or OPD_REDIS_PASSWORD_FILE"))  # fmt: skip
-    credentials = plan.credentials if plan.tenant else plan.redis_credentials
-    is_nobody = not parts.password and "password=" not in parts.query and credentials.token is None
-    if is_nobody and is_far:
-        found.append(warn("redis user", f"{host} lets everybody in as {facts.user or 'default'}",
-                          "opd tenants acl --apply --close-default, or keep its network private"))  # fmt: skip
-    return found
 
 
 async def check_rights(plan: Plan, connection: QueueConnection, pool: str) -> Finding:

@@ -1,28 +1,23 @@
 """Teachers: who they say they are over the queue and over gRPC, and whether replicas of one pool share its work."""
 
 import asyncio
-import secrets
 import socket
-from collections.abc import Awaitable, Callable
 
-import numpy as np
-
-from opd.client import ScoreClient
 from opd.errors import OpdError
 from opd.queue.connection import QueueConnection
 from opd.queue.pools import read_info, resolve_pool
 from opd.queue.status import PoolStatus, ReplicaStatus, read_status
 from opd.rpc.client import GrpcScoreClient
-from opd.types import ScoreRequest, TeacherInfo
+from opd.types import TeacherInfo
 from opd.wire.messages import decode_info
 from services.doctor.findings import Finding, fail, ok, warn
 from services.doctor.plan import Plan
 from services.doctor.redis_checks import check_rights
+from services.doctor.score_check import check_score
 
 _SILENT_S = 8.0
 """Replicas announce themselves every two seconds unless told otherwise."""
 _SECOND_LOOK_S = 1.0
-_SCORE_S = 20.0
 
 
 async def check_pool_queue(plan: Plan, connection: QueueConnection, teacher: str) -> list[Finding]:
@@ -33,7 +28,7 @@ async def check_pool_queue(plan: Plan, connection: QueueConnection, teacher: str
         findings += await _replicas(connection, pool)
     if plan.scores:
         assert plan.redis_url is not None
-        findings.append(await _score(plan, plan.redis_url, teacher))
+        findings.append(await check_score(plan, plan.redis_url, teacher))
     return findings
 
 
@@ -145,7 +140,7 @@ async def check_grpc(plan: Plan, url: str) -> list[Finding]:
         findings.append(fail(f"likeness of {url}", f"its replicas are {len(prints)} different teachers",
                              "give each its own name"))  # fmt: skip
     if plan.scores and infos:
-        findings.append(await _score(plan, url, next(iter(infos.values())).teacher))
+        findings.append(await check_score(plan, url, next(iter(infos.values())).teacher))
     return findings
 
 
@@ -172,36 +167,3 @@ async def _ask(plan: Plan, url: str) -> TeacherInfo | Finding:
         return fail(check, error.message, "start it, correct the address, or give --token-file and --ca-file")
     except TimeoutError:
         return fail(check, f"no answer within {2 * plan.patience_s:g} s", "look at its log and at the way to it")
-
-
-async def _score(plan: Plan, url: str, teacher: str) -> Finding:
-    """One token through the whole of it, as a trainer's would go."""
-    check = f"score by {teacher} over {url.partition('://')[0]}"
-    token = np.zeros(1, np.int32)
-    tenant = plan.tenant or "doctor"
-    request = ScoreRequest(
-        rollout_id=f"doctor-{secrets.token_hex(4)}.0.0", tenant=tenant, teacher=teacher.partition("@")[0],
-        prompt_token_ids=token, response_token_ids=token, timeout_ms=int(1000 * _SCORE_S),
-    )  # fmt: skip
-    credentials = plan.credentials if plan.tenant or url.startswith("grpc") else plan.redis_credentials
-
-    async def go() -> Finding:
-        client = ScoreClient.connect(
-            url, teacher=request.teacher, tenant=tenant, patience_s=plan.patience_s, credentials=credentials
-        )
-        async with client:
-            reply = await client.score(request)
-        return ok(check, f"by {reply.replica}: waited {reply.queue_ms:.0f} ms, engine {reply.engine_ms:.0f} ms")
-
-    return await within(check, go, _SCORE_S + 5.0)
-
-
-async def within(check: str, work: Callable[[], Awaitable[Finding]], limit_s: float) -> Finding:
-    """The finding, or what went wrong as one."""
-    try:
-        async with asyncio.timeout(limit_s):
-            return await work()
-    except OpdError as error:
-        return fail(check, error.message, "as the message says; the teacher's log has more")
-    except TimeoutError:
-        return fail(check, f"nothing within {limit_s:g} s", "look whether a replica lives and at its log")

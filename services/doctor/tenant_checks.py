@@ -3,12 +3,16 @@
 from opd.errors import OpdError, PermissionDeniedError
 from opd.queue.access import tenants_without_access
 from opd.queue.connection import QueueConnection
+from opd.queue.pools import resolve_pool
 from services.doctor.findings import Finding, fail, ok, skipped
 from services.doctor.plan import Plan
 
 
 async def check_tenant_users(plan: Plan, connection: QueueConnection) -> list[Finding]:
-    """Empty where there is nothing to compare: no tenants file, no pool, or a tenant's own point of view."""
+    """Empty where there is nothing to compare: no tenants file, no pool, or a tenant's own point of view.
+
+    Rights are of pools, so a teacher's name counts as the pool that is promoted under it.
+    """
     from services.teacher_server.tenants import load_tenants
 
     if plan.tenants_file is None or not plan.teachers or plan.tenant:
@@ -20,12 +24,14 @@ async def check_tenant_users(plan: Plan, connection: QueueConnection) -> list[Fi
         # Told by the check of the file itself.
         return []
     try:
-        missing = await tenants_without_access(connection, wanted, plan.teachers)
-    except PermissionDeniedError:
-        return [skipped(check, "this user may not ask for ACL LIST")]
+        pools = list(dict.fromkeys([await resolve_pool(connection, teacher) for teacher in plan.teachers]))
+        missing = await tenants_without_access(connection, wanted, pools)
+    except PermissionDeniedError as error:
+        return [skipped(check, f"this user may not ask: {error.message}")]
     if not missing:
-        return [ok(check, f"{len(wanted)} users with their tokens and pools")]
+        return [ok(check, f"{len(wanted)} users with their tokens and {', '.join(pools)}")]
+    named = " ".join(f"--teacher {pool}" for pool in pools)
     return [
-        fail(check, f"not as the file says: {', '.join(missing)}",
-             "opd tenants acl --apply, with every pool named by --teacher")
+        fail(check, f"not as the file says for {', '.join(pools)}: {', '.join(missing)}",
+             f"opd tenants acl --apply {named}, with every other pool that they ask")
     ]  # fmt: skip

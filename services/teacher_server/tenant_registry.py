@@ -13,6 +13,7 @@ from pathlib import Path
 from prometheus_client import Gauge
 
 from opd.errors import OpdError
+from opd.paths import expand_user
 from services.teacher_server.tenants import TenantTable, load_tenants
 
 _log = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ class TenantRegistry:
     """Holds the valid table; raises ConfigError when the file is wrong at the start."""
 
     def __init__(self, path: Path, *, sound: Gauge) -> None:
-        self._path = path.expanduser()
+        self._path = expand_user("tenants_file", path)
         self._sound = sound
         self._stamp = self._look()
         self._table = load_tenants(self._path)

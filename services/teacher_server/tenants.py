@@ -25,6 +25,7 @@ from pydantic import Field, StringConstraints, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from opd.errors import ConfigError, PermissionDeniedError, UnauthenticatedError
+from opd.paths import PATH_FAULTS, path_fault
 from opd.queue.keys import check_tenant
 from opd.settings import Settings, explain
 
@@ -119,8 +120,8 @@ def load_tenants(path: Path) -> TenantTable:
     """The file's tenants; ConfigError in one line: file, field, value, way out."""
     try:
         content = path.expanduser().read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); run opd tenants add") from None
+    except PATH_FAULTS as error:
+        raise ConfigError(f"tenants_file={path}: cannot be read ({path_fault(error)}); run opd tenants add") from None
     return parse_tenants(path, content)
 
 

@@ -14,6 +14,7 @@ import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
 from opd.errors import ConfigError
+from opd.paths import PATH_FAULTS, expand_user, path_fault
 from services.teacher_server.tenants import MAX_TOKENS_A_TENANT, TenantTable, check_name, hash_token, parse_tenants
 
 _HEADER = "Tenants of the teachers; `opd tenants` edits this file, and running teachers follow it."
@@ -75,14 +76,14 @@ def write_secret(path: Path, token: str) -> None:
     """A token file for its owner alone; ConfigError when there is a file already."""
     try:
         descriptor = os.open(path.expanduser(), os.O_WRONLY | os.O_CREAT | os.O_EXCL, _MODE)
-    except OSError as error:
-        raise ConfigError(f"token_file={path}: cannot be written ({error.strerror}); name another") from None
+    except PATH_FAULTS as error:
+        raise ConfigError(f"token_file={path}: cannot be written ({path_fault(error)}); name another") from None
     with os.fdopen(descriptor, "w") as file:
         file.write(token + "\n")
 
 
 def _edit(path: Path, edit: Callable[[Any], None], *, create: bool = False) -> TenantTable:
-    path = path.expanduser()
+    path = expand_user("tenants_file", path)
     document = _read(path, create=create)
     if "tenants" not in document:
         document["tenants"] = tomlkit.table(is_super_table=True)
@@ -95,12 +96,9 @@ def _edit(path: Path, edit: Callable[[Any], None], *, create: bool = False) -> T
 
 
 def _read(path: Path, *, create: bool) -> Any:
-    if create and not path.exists():
-        document = tomlkit.document()
-        document.add(tomlkit.comment(_HEADER))
-        document.add(tomlkit.nl())
-        return document
     try:
+        if create and not path.exists():
+            return _empty()
         content = path.read_bytes()
         parse_tenants(path, content)
         return tomlkit.parse(content)
@@ -108,6 +106,13 @@ def _read(path: Path, *, create: bool) -> Any:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); run opd tenants add") from None
     except TOMLKitError as error:
         raise ConfigError(f"{path}: is not TOML ({error}); correct that line") from None
+
+
+def _empty() -> Any:
+    document = tomlkit.document()
+    document.add(tomlkit.comment(_HEADER))
+    document.add(tomlkit.nl())
+    return document
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.engine import Docker, NoEngineError, docker_engine
-from tests.e2e.stack import Stack, build_images
-from tests.e2e.standins import provide_images
+from tests.e2e.stack import POOL_IMAGE, TEACHER_IMAGE, TRAINER_IMAGE, Stack, build_images
+from tests.e2e.standins import refuse_real, stand_ins
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".e2e"
@@ -53,15 +53,19 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def docker(engine: Docker, checkout: Path) -> Docker:
+def docker(engine: Docker, checkout: Path) -> Iterator[Docker]:
     """The engine with all images, in its own network."""
-    stand_ins = provide_images(engine, CACHE)
-    sizes = build_images(engine, checkout)
-    lines = [f"{image}: {size / 1e6:.0f} MB" for image, size in sizes.items()]
-    CACHE.mkdir(exist_ok=True)
-    (CACHE / "images.txt").write_text("\n".join([*lines, f"stand-ins: {', '.join(stand_ins) or 'none'}", ""]))
-    engine.start_running()
-    return engine
+    with stand_ins(engine, CACHE) as made:
+        if made and not engine.is_ours:
+            # What is built on a stand-in goes with it: nobody's own images are to be among that.
+            for image in (POOL_IMAGE, TEACHER_IMAGE, TRAINER_IMAGE):
+                refuse_real(engine, image)
+        sizes = build_images(engine, checkout)
+        lines = [f"{image}: {size / 1e6:.0f} MB" for image, size in sizes.items()]
+        CACHE.mkdir(exist_ok=True)
+        (CACHE / "images.txt").write_text("\n".join([*lines, f"stand-ins: {', '.join(made) or 'none'}", ""]))
+        engine.start_running()
+        yield engine
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGES = ("docker.io", "docker-compose", "mmdebstrap", "iptables", "iproute2", "util-linux")
+from tests.e2e.packages import install
+
 _BUILDING = ("--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false")
 _RUNNING = ("--bip=10.198.0.1/24", "--default-address-pool=base=10.198.16.0/20,size=24")
 _START_S = 60.0
@@ -38,6 +39,8 @@ class Docker:
     """What `docker build` needs here."""
     start_running: Callable[[], None] = lambda: None
     """To be called once everything is built."""
+    is_ours: bool = False
+    """Its images go with it, or are kept for the next run; another's is to be left as it was found."""
 
     def run(
         self, *arguments: str, cwd: Path | None = None, check: bool = True, timeout_s: float = 600.0, stdin: str = ""
@@ -73,6 +76,13 @@ def docker_engine(folder: Path, *, keeps_data: bool = False) -> Iterator[Docker]
     if _answers(os.environ):
         yield Docker(environ=os.environ, compose_command=_compose_command())
         return
+    with own_engine(folder, keeps_data=keeps_data) as docker:
+        yield docker
+
+
+@contextmanager
+def own_engine(folder: Path, *, keeps_data: bool = False) -> Iterator[Docker]:
+    """As `docker_engine`, whatever runs here."""
     _install()
     own = _OwnEngine(folder)
     try:
@@ -82,6 +92,7 @@ def docker_engine(folder: Path, *, keeps_data: bool = False) -> Iterator[Docker]
             compose_command=_compose_command(),
             build_options=("--network=host",),
             start_running=own.move_into_network,
+            is_ours=True,
         )
     finally:
         own.stop()
@@ -142,7 +153,8 @@ class _OwnEngine:
             return
         if process.poll() is None and _answers(self.environ):
             containers = call(["docker", "ps", "-aq"], self.environ, check=False).split()
-            call(["docker", "rm", "-f", *containers], self.environ, check=False)
+            if containers:
+                call(["docker", "rm", "-f", *containers], self.environ, check=False)
         process.kill()
         process.wait()
 
@@ -179,8 +191,4 @@ def _install() -> None:
         return
     if shutil.which("apt-get") is None:
         raise NoEngineError("no Docker engine runs and there is no apt-get to install one; start Docker")
-    quiet = {"stdout": subprocess.DEVNULL, "check": True}
-    subprocess.run(["apt-get", "update", "-qq"], timeout=300, **quiet)  # type: ignore[call-overload]
-    subprocess.run(  # type: ignore[call-overload]
-        ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES], timeout=600, **quiet
-    )
+    install()

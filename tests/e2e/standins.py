@@ -1,11 +1,16 @@
 """Images of others that the compose file names: pulled, or made from Debian's packages where no registry is reached.
 
 A stand-in has the tag, the folders and the way to start of the image that it stands for. It lets the images here be
-built and the compose file run; it does not show that the official one works.
+built and the compose file run; it does not show that the official one works. It has a label, which whatever is built on
+it inherits, and never takes the tag of an image without. In an engine that is not ours all that has the label is gone
+at the end, so that nobody builds on a stand-in believing it to be the real one.
 """
 
+import json
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.e2e.engine import Docker, call
@@ -13,6 +18,7 @@ from tests.e2e.engine import Docker, call
 PYTHON, REDIS, PROMETHEUS = "python:3.11-slim", "redis:7", "prom/prometheus:v2.53.0"
 _CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 _PULL_S = 120.0
+LABEL = "opd.e2e.stand-in"
 _APT = (
     "apt-get update -qq && apt-get install -y -qq --no-install-recommends {} >/dev/null && rm -rf /var/lib/apt/lists/*"
 )
@@ -36,24 +42,74 @@ CMD ["--config.file=/etc/prometheus/prometheus.yml", "--storage.tsdb.path=/prome
 }
 
 
-def provide_images(docker: Docker, cache: Path) -> list[str]:
-    """Sees to it that all of them are there; returns those that are stand-ins. `cache` keeps what is slow to make."""
-    stand_ins = []
+@contextmanager
+def stand_ins(docker: Docker, cache: Path) -> Iterator[list[str]]:
+    """Sees to it that all images are there, and yields the tags of those that are stand-ins.
+
+    `cache` keeps what is slow to make.
+    """
+    try:
+        yield _provide(docker, cache)
+    finally:
+        if not docker.is_ours:
+            remove_stand_ins(docker)
+
+
+def _provide(docker: Docker, cache: Path) -> list[str]:
+    made: list[str] = []
     for tag in (PYTHON, REDIS, PROMETHEUS):
+        found = label_of(docker, tag)
         # Where one cannot be pulled, no other can: they come from one registry.
-        if not stand_ins and _pull(docker, tag):
+        if found == "" or (found is None and not made and _pull(docker, tag)):
             continue
-        if tag == PYTHON:
-            _import_python(docker, cache)
-        else:
-            docker.run("build", *docker.build_options, "--tag", tag, "-", stdin=_DOCKERFILES[tag])
-        stand_ins.append(tag)
-    return stand_ins
+        # One that an earlier run has left is made anew, which costs nothing where nothing has changed.
+        make_stand_in(docker, tag, cache)
+        made.append(tag)
+    return made
+
+
+def label_of(docker: Docker, tag: str) -> str | None:
+    """What an image of the engine stands for, empty for a real one; None where there is no such image."""
+    said = docker.run("image", "inspect", "--format", "{{json .Config.Labels}}", tag, check=False).strip()
+    if said in ("", "[]"):
+        return None
+    labels: dict[str, str] = json.loads(said) or {}
+    return labels.get(LABEL, "")
+
+
+def refuse_real(docker: Docker, tag: str) -> None:
+    """AssertionError where an image of that tag is there and no stand-in: another one in its place would lose it."""
+    assert label_of(docker, tag) != "", f"image={tag}: is a real one; remove it, or stop this engine to test in another"
+
+
+def make_stand_in(docker: Docker, tag: str, cache: Path) -> None:
+    """AssertionError where a real image has the tag."""
+    refuse_real(docker, tag)
+    if tag == PYTHON:
+        _import_python(docker, cache)
+    else:
+        label = ("--label", f"{LABEL}={tag}")
+        docker.run("build", *docker.build_options, *label, "--tag", tag, "-", stdin=_DOCKERFILES[tag])
+
+
+def remove_stand_ins(docker: Docker) -> None:
+    """With all that was built on them, and with what an earlier run left; what a container still uses stays."""
+    left = _labelled(docker)
+    while left:
+        # One that others are built on can go after these only.
+        for image in left:
+            docker.run("image", "rm", "--force", image, check=False)
+        before, left = left, _labelled(docker)
+        if len(left) >= len(before):
+            return
+
+
+def _labelled(docker: Docker) -> list[str]:
+    listed = docker.run("image", "ls", "--quiet", "--no-trunc", "--filter", f"label={LABEL}").split()
+    return list(dict.fromkeys(listed))
 
 
 def _pull(docker: Docker, tag: str) -> bool:
-    if docker.run("image", "inspect", tag, check=False).strip() not in ("", "[]"):
-        return True
     try:
         docker.run("pull", "--quiet", tag, timeout_s=_PULL_S)
     except (AssertionError, subprocess.TimeoutExpired):
@@ -65,8 +121,10 @@ def _import_python(docker: Docker, cache: Path) -> None:
     archive = cache / "python-3.11-slim.tar"
     if not archive.is_file():
         _bootstrap(archive)
-    environment = ["--change", f"ENV PIP_CERT={_CERTIFICATES} SSL_CERT_FILE={_CERTIFICATES}"]
-    docker.run("import", *environment, "--change", 'CMD ["python3"]', str(archive), PYTHON)
+    changes = (
+        f"ENV PIP_CERT={_CERTIFICATES} SSL_CERT_FILE={_CERTIFICATES}", 'CMD ["python3"]', f"LABEL {LABEL}={PYTHON}",
+    )  # fmt: skip
+    docker.run("import", *(word for change in changes for word in ("--change", change)), str(archive), PYTHON)
 
 
 def _bootstrap(archive: Path) -> None:

@@ -25,7 +25,8 @@ def start(docker: Docker) -> Iterator[Start]:
         return started[-1]
 
     yield run
-    docker.run("rm", "--force", "--volumes", *started)
+    if started:
+        docker.run("rm", "--force", "--volumes", *started)
 
 
 def _exit_of(docker: Docker, image: str, *arguments: str) -> tuple[int, str]:

@@ -55,7 +55,10 @@ class Decision:
 
 
 class Autoscaler:
-    """Starts and ends replicas of a cluster until `stop`; what it saw and did is kept."""
+    """Starts and ends replicas of a cluster until `stop`; what it saw and did is kept.
+
+    What goes wrong in its thread is raised to whoever looks at it next, and by `stop`.
+    """
 
     def __init__(self, cluster: Cluster, scaled_object: dict[str, Any], haste: float) -> None:
         spec = scaled_object["spec"]
@@ -64,16 +67,36 @@ class Autoscaler:
         self._pause_s = spec["pollingInterval"] / haste
         self.decision = Decision(scaled_object, haste)
         # A Deployment without a number has one.
-        self.teachers = [Teacher(cluster)]
+        self._teachers = [Teacher(cluster)]
         self.ended: list[Teacher] = []
-        self.history: list[int] = [1]
+        self._history: list[int] = [1]
+        self._error: Exception | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
+    @property
+    def teachers(self) -> list[Teacher]:
+        """The replicas there are to be."""
+        self.check()
+        return self._teachers
+
+    @property
+    def history(self) -> list[int]:
+        """Their numbers so far."""
+        self.check()
+        return self._history
+
+    def check(self) -> None:
+        """RuntimeError where it no longer scales."""
+        if self._error is not None:
+            raise RuntimeError(f"the autoscaler ended: {self._error!r}") from self._error
+
     def stop(self) -> None:
         self._stopping.set()
         self._thread.join(60)
+        self.check()
+        assert not self._thread.is_alive(), "the autoscaler goes on"
 
     def read(self) -> float | None:
         """The trigger's value, by its URL and location."""
@@ -92,12 +115,18 @@ class Autoscaler:
         return float(found)
 
     def _run(self) -> None:
-        while not self._stopping.wait(self._pause_s):
-            wanted = self.decision.replicas(self.read(), len(self.teachers), time.monotonic())
-            if wanted != len(self.teachers):
-                self.history.append(wanted)
-            while len(self.teachers) < wanted:
-                self.teachers.append(Teacher(self._cluster))
-            while len(self.teachers) > wanted:
-                self.ended.append(self.teachers.pop())
-                self.ended[-1].process.terminate()
+        try:
+            while not self._stopping.wait(self._pause_s):
+                self._scale()
+        except Exception as error:
+            self._error = error
+
+    def _scale(self) -> None:
+        wanted = self.decision.replicas(self.read(), len(self._teachers), time.monotonic())
+        if wanted != len(self._teachers):
+            self._history.append(wanted)
+        while len(self._teachers) < wanted:
+            self._teachers.append(Teacher(self._cluster))
+        while len(self._teachers) > wanted:
+            self.ended.append(self._teachers.pop())
+            self.ended[-1].process.terminate()

@@ -13,15 +13,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from opd.lifecycle import DIE_WITH_PARENT
 from tests.kubernetes import ROOT, Object, component, container, named, of_component, pod
 
 PATIENCE_S = 300.0
+_LAUNCHER = (
+    "import os, sys; from opd.lifecycle import die_with_parent; die_with_parent(); os.execvp(sys.argv[1], sys.argv[1:])"
+)
+"""Whatever it becomes, Redis too, ends when the test's process is gone."""
 IN_IMAGE = {
     "/models/": f"{ROOT}/testbed/models/",
     "/opt/opd/lib/python3.11/site-packages/": f"{ROOT}/",
@@ -46,8 +52,14 @@ class Process:
 
     def __init__(self, folder: Path, command: list[str], environment: dict[str, str]) -> None:
         self.log_file = folder / "log.txt"
+        environment = {**environment, DIE_WITH_PARENT: str(os.getpid()), "PYTHONPATH": str(ROOT)}
+        launched = [sys.executable, "-c", _LAUNCHER, *command]
         with self.log_file.open("wb") as log:
-            self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+            self._process = subprocess.Popen(launched, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def log(self) -> str:
@@ -78,24 +90,30 @@ class Cluster:
         self.objects = objects
         self._secrets = secrets
         self.ports = {"opd-redis:6379": free_port(), "opd-pool-status.opd.svc:8090": free_port()}
-        self._started: list[Process] = []
+        self._num_started = 0
+        self._running = ExitStack()
 
     def close(self) -> None:
-        for process in reversed(self._started):
-            process.kill()
+        """The last first; one that cannot be ended leaves none of the others running."""
+        self._running.close()
+
+    def launch(self, folder: Path, command: list[str], environment: dict[str, str]) -> Process:
+        """A process that `close` ends."""
+        process = Process(folder, command, environment)
+        self._running.callback(process.kill)
+        return process
 
     def start(self, name: str, *overrides: str) -> Process:
         """A pod of the one workload of a component, with a folder of its own."""
         (workload,) = of_component(self.objects, name)
-        root = self.folder / f"{name}-{len(self._started)}"
+        root = self.folder / f"{name}-{self._num_started}"
+        self._num_started += 1
         places = self._mount(workload, root)
         main = container(workload)
         command = [self._local(word, places) for word in [*main.get("command", []), *main.get("args", [])]]
         if name != "redis":
             command = [sys.executable, "-m", "services.cli", *command, *overrides]
-        process = Process(root, command, self._environment(main, places))
-        self._started.append(process)
-        return process
+        return self.launch(root, command, self._environment(main, places))
 
     def probe(self, name: str) -> bool:
         """The exec probe of the newest pod of a component."""
@@ -142,7 +160,7 @@ class Cluster:
 
     def _environment(self, main: Object, places: dict[str, str]) -> dict[str, str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("OPD_")}
-        environment |= {"OPD_DIE_WITH_PARENT": str(os.getpid()), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        environment["HF_HUB_OFFLINE"] = "1"
         for variable in main.get("env", []):
             value = variable.get("value")
             if value is None:

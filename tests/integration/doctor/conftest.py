@@ -1,7 +1,8 @@
 """Examinations of real servers, and handshakes to announce without a model."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -32,6 +33,28 @@ async def announced(url: str, name: str, info: bytes, pool: str = "qwen") -> Sco
     await consumer.publish_info(info)
     await consumer.announce(info, expiry_s=30.0)
     return consumer
+
+
+@asynccontextmanager
+async def altered(url: str, old: str, new: str) -> AsyncIterator[str]:
+    """A way to the TCP server at `url` on which one text of its answers is exchanged for another of its length."""
+    assert len(old) == len(new)
+    target = int(url.rpartition(":")[2].partition("/")[0])
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65_536):
+            writer.write(data.replace(old.encode(), new.encode()))
+            await writer.drain()
+        writer.close()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", target)
+        await asyncio.gather(pump(reader, far_writer), pump(far_reader, writer), return_exceptions=True)
+
+    relay = await asyncio.start_server(accept, "127.0.0.1", 0)
+    async with relay:
+        yield url.replace(f":{target}/", f":{relay.sockets[0].getsockname()[1]}/")
+        await asyncio.sleep(0.1)
 
 
 async def findings_of(**plan: Any) -> dict[str, Finding]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from services.teacher_server.tenants_file import add_tenant
 from tests.integration.teacher_server.conftest import StartTeacher, start_teacher, teacher_folder
 
 ROOT = Path(__file__).parents[3]
+_NOBODY = 65_534
 __all__ = ["start_teacher", "teacher_folder"]
 
 
@@ -84,6 +86,60 @@ def test_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_folder(tmp_path / "file").verdict is Verdict.FAIL
     # A real file system of the kernel's own that has no room and takes nothing.
     assert check_folder(Path("/proc/self/no-such-folder")).verdict is Verdict.FAIL
+
+
+@pytest.mark.parametrize("place", ["~nosuchuser/x", "x" * 300, "a\0b/\0"])
+def test_a_path_that_cannot_be_is_a_finding(tmp_path: Path, place: str) -> None:
+    path = Path(place)
+    found = [check_folder(path), check_secret("OPD_TOKEN_FILE", path), *check_tenants_file(Plan(tenants_file=path))]
+    # The kernel never sees a zero byte: for a folder that is one that does not exist yet.
+    assert [finding.verdict for finding in found[1:]] == [Verdict.FAIL, Verdict.FAIL]
+    assert found[0].verdict is (Verdict.OK if "\0" in place else Verdict.FAIL)
+    for finding in found:
+        assert place in finding.message or finding.verdict is Verdict.OK
+        assert bool(finding.mend) == (finding.verdict is Verdict.FAIL)
+
+
+def test_the_command_survives_such_paths_wherever_they_are_given(tmp_path: Path) -> None:
+    nowhere = "~nosuchuser/x"
+    done = doctor("--folder", nowhere, "--secret", nowhere, "--tenants-file", nowhere, "--token-file", nowhere,
+                  "--ca-file", nowhere, "--grpc", "grpcs://127.0.0.1:1", "--redis-url", "rediss://127.0.0.1:1/0",
+                  "--json", OPD_TOKEN_FILE=nowhere)  # fmt: skip
+    assert done.returncode == 1 and done.stderr == ""
+    findings = {finding["check"]: finding for finding in json.loads(done.stdout)["findings"]}
+    assert {finding["verdict"] for finding in findings.values()} == {"fail"} and len(findings) == 7
+    assert all(nowhere in finding["message"] and finding["mend"] for finding in findings.values()), findings
+    assert not any("a fault of this check" in finding["message"] for finding in findings.values())
+
+
+@pytest.fixture
+def locked(tmp_path: Path) -> Iterator[Path]:
+    """A folder that its owner may enter and we may not; root gives its power away for as long as the test lasts."""
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    for name in ("tenants.toml", "token"):
+        (folder / name).write_text("")
+    folder.chmod(0)
+    own = os.geteuid()
+    if own == 0:
+        os.seteuid(_NOBODY)
+    yield folder
+    os.seteuid(own)
+    folder.chmod(0o700)
+
+
+def test_what_may_not_be_entered_is_a_finding(locked: Path) -> None:
+    tenants, token = locked / "tenants.toml", locked / "token"
+    found = [
+        check_folder(locked / "runs"),
+        check_secret("OPD_TOKEN_FILE", token),
+        *check_tenants_file(Plan(tenants_file=tenants)),
+    ]
+    for finding, setting in zip(
+        found, (f"folder={locked / 'runs'}", f"OPD_TOKEN_FILE={token}", f"tenants_file={tenants}"), strict=True
+    ):
+        assert finding.verdict is Verdict.FAIL and finding.mend
+        assert finding.message.startswith(setting) and "Permission denied" in finding.message
 
 
 @pytest.mark.parametrize(

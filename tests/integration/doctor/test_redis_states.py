@@ -14,7 +14,7 @@ from opd.credentials import Credentials
 from opd.queue.access import hash_password, pool_rules, tenant_rules
 from services.doctor.findings import Verdict
 from tests.conftest import MakeRedis
-from tests.integration.doctor.conftest import Look, announced, findings_of, handshake
+from tests.integration.doctor.conftest import Look, altered, announced, findings_of, handshake
 
 PASSWORD = "a long enough password"
 HASH = hash_password("math", PASSWORD)
@@ -30,6 +30,7 @@ def test_a_sound_server_has_nothing_to_mend_but_its_age(make_redis: MakeRedis, l
     found = look(redis_url=make_redis("maxmemory 200mb").url)
     assert {check: finding.verdict for check, finding in found.items() if check != "redis version"} == {
         "redis": Verdict.OK,
+        "redis default user": Verdict.OK,
         "redis memory policy": Verdict.OK,
         "redis memory": Verdict.OK,
         "redis persistence": Verdict.OK,
@@ -102,25 +103,20 @@ def test_no_server_and_one_that_says_nothing(look: Look) -> None:
 async def test_an_old_version(make_redis: MakeRedis) -> None:
     """A real server, with its word about its version exchanged on the way."""
     server = make_redis(over_tcp=True)
-    target = int(server.url.rpartition(":")[2].partition("/")[0])
     version = ".".join(map(str, version_of(server.url)))
-
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65_536):
-            writer.write(data.replace(f"redis_version:{version}".encode(), b"redis_version:5.0"))
-            await writer.drain()
-        writer.close()
-
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", target)
-        await asyncio.gather(pump(reader, far_writer), pump(far_reader, writer), return_exceptions=True)
-
-    relay = await asyncio.start_server(accept, "127.0.0.1", 0)
-    async with relay:
-        port = relay.sockets[0].getsockname()[1]
-        found = (await findings_of(redis_url=server.url.replace(f":{target}/", f":{port}/")))["redis version"]
-        await asyncio.sleep(0.1)
+    async with altered(server.url, f"redis_version:{version}", "redis_version:5.0") as url:
+        found = (await findings_of(redis_url=url))["redis version"]
     assert found.verdict is Verdict.FAIL and found.message.startswith("5.0")
+
+
+@pytest.mark.parametrize("field", ["redis_version", "maxmemory_policy", "used_memory", "maxmemory"])
+async def test_a_field_that_info_lacks_is_named(make_redis: MakeRedis, field: str) -> None:
+    """As some managed services leave fields out; here the field has another name of the same length on the way."""
+    server = make_redis(over_tcp=True)
+    async with altered(server.url, f"\r\n{field}:", f"\r\n{'x' * len(field)}:") as url:
+        (found,) = (await findings_of(redis_url=url)).values()
+    assert (found.check, found.verdict) == ("redis", Verdict.FAIL)
+    assert f"its INFO has no {field}," in found.message and "KeyError" not in found.message
 
 
 @pytest.fixture

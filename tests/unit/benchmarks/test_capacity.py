@@ -13,11 +13,13 @@ from benchmarks.capacity import Costs, Load, capacity
 
 ROOT = Path(__file__).parents[3]
 COSTS = Costs(
-    link_bytes_per_token=100.0, redis_bytes_per_token=200.0, cpu_ms_per_request=3.0, redis_cpu_ms_per_request=1.0
-)
+    link_bytes_per_token=102.4, redis_bytes_per_token=200.0, redis_fixed_ms=0.5, redis_ms_per_kib=0.01,
+    replica_fixed_ms=1.0, replica_ms_per_kib=0.02,
+)  # fmt: skip
 LOAD = Load(
     students=10, rollouts_per_step=100, prompt_tokens=100, response_tokens=900, step_s=50.0, peak=2.0,
     teacher_tokens_per_s=5000.0, gpus_per_replica=2, utilisation=0.5, redis_gib=1.0, redis_gbit_per_s=1.0,
+    redis_utilisation=0.5,
 )  # fmt: skip
 
 
@@ -28,12 +30,15 @@ def test_one_load_by_hand() -> None:
     assert need.scored_tokens_per_s == pytest.approx(40_000)
     # A replica does 2,500 at half of its speed.
     assert (need.replicas, need.gpus) == (16, 32)
-    # 90,000 response tokens of 100 bytes in 50 s.
-    assert need.student_mbit_per_s == pytest.approx(90_000 * 100 * 8 / 50 / 1e6)
-    assert need.redis_gbit_per_s == pytest.approx(40 * 900 * 200 * 8 / 1e9)
-    assert need.redis_cores == pytest.approx(0.04)
-    assert need.replica_overhead_cores == pytest.approx(0.08)
-    assert need.backlog_gib == pytest.approx(10 * 90_000 * 100 / 2**30)
+    # 90,000 response tokens of 102.4 bytes in 50 s: 9.216 MB.
+    assert need.student_mbit_per_s == pytest.approx(1.474_56)
+    # 36,000 response tokens/s of 200 bytes: 7.2 MB/s.
+    assert need.redis_gbit_per_s == pytest.approx(0.0576)
+    # A request and its reply are 90 KiB: 0.5 + 0.9 ms in Redis, 1 + 1.8 ms in the replica, 40 times a second.
+    assert need.redis_cores == pytest.approx(0.056)
+    assert need.replica_overhead_cores == pytest.approx(0.112)
+    # Ten steps of 9,000 KiB.
+    assert need.backlog_gib == pytest.approx(90_000 / 1024**2)
     assert (need.shards, need.shards_by) == (1, "memory")
 
 
@@ -49,9 +54,28 @@ def test_what_is_shortest_asks_for_shards(change: dict[str, float], by: str) -> 
 
 
 def test_commands_of_redis_can_be_what_is_shortest() -> None:
-    many = replace(LOAD, response_tokens=1, students=10_000, redis_gib=100.0)
+    many = replace(LOAD, response_tokens=10, students=10_000, redis_gib=100.0)
     need = capacity(many, COSTS)
-    assert (need.shards, need.shards_by) == (40, "cpu")
+    # 40,000 requests/s of 1 KiB cost 0.51 ms each: 20.4 cores, each to be half used.
+    assert need.redis_cores == pytest.approx(20.4)
+    assert (need.shards, need.shards_by) == (41, "cpu")
+
+
+def test_the_network_is_not_planned_full_either() -> None:
+    # 7.2 MB/s in and out: 28.8 Mbit/s in each direction.
+    for gbit_per_s, shards in ((0.0577, 1), (0.0575, 2), (0.0289, 2), (0.0287, 3)):
+        need = capacity(replace(LOAD, redis_gbit_per_s=gbit_per_s, redis_gib=100.0), COSTS)
+        assert (need.shards, need.shards_by) == (shards, "network")
+
+
+def test_longer_rollouts_cost_more_than_their_number() -> None:
+    """The same tokens in a quarter of the requests: the fixed part is saved, the bytes are not."""
+    short, long = LOAD, replace(LOAD, response_tokens=3600, prompt_tokens=400, rollouts_per_step=25)
+    few, many = capacity(long, COSTS), capacity(short, COSTS)
+    assert few.scored_tokens_per_s == pytest.approx(many.scored_tokens_per_s)
+    # 10 requests/s of 360 KiB: 0.5 + 3.6 ms and 1 + 7.2 ms, beside 0.056 and 0.112 cores.
+    assert few.redis_cores == pytest.approx(0.041)
+    assert few.replica_overhead_cores == pytest.approx(0.082)
 
 
 def test_twice_the_students_need_twice_of_everything() -> None:
@@ -64,7 +88,11 @@ def test_twice_the_students_need_twice_of_everything() -> None:
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"students": 0}, "students=0: give more than 0"), ({"utilisation": 1.5}, "utilisation=1.5: is a share")],
+    [
+        ({"redis_utilisation": 1.1}, "redis_utilisation=1.1: is a share"),
+        ({"students": 0}, "students=0: give more than 0"),
+        ({"utilisation": 1.5}, "utilisation=1.5: is a share"),
+    ],
 )
 def test_a_value_that_cannot_be_is_named(change: dict[str, float], words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
@@ -96,7 +124,10 @@ def test_the_documentation_quotes_what_the_model_says() -> None:
         f"{need.redis_gbit_per_s:.1f} Gbit/s",
         f"{need.backlog_gib:.0f} GiB",
         f"{need.shards} shards",
-        f"{costs.cpu_ms_per_request:g} ms",
+        f"{need.redis_cores:.1f} cores, of all servers together",
+        f"{need.replica_overhead_cores:.1f} cores, of all together",
+        f"({costs.redis_fixed_ms:g} + {costs.redis_ms_per_kib:g} * KiB) ms",
+        f"({costs.replica_fixed_ms:g} + {costs.replica_ms_per_kib:g} * KiB) ms",
     ):
         assert value in text, value
 
