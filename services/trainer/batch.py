@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opd.errors import InternalError
-from opd.types import Rollout, Scores
+from opd.types import PAD_ID, Rollout, Scores
 from services.trainer.packing import PackedTokens, pack, split_by_tokens
 
 Column: TypeAlias = NDArray[np.generic] | None
@@ -71,7 +71,7 @@ class DistillBatch:
     """Index of a position within its response."""
     sampled_ids_T: Tensor
     support_ids_TK: Tensor
-    """The student's top-k at rollout time."""
+    """The student's top-k at rollout time; `PAD_ID` for rollouts in which nobody looked for it."""
     rollout_logprobs_T: Tensor
     """Of the sampled tokens, under the sampler actually used."""
     student_sampled_logprobs_T: Tensor
@@ -180,4 +180,15 @@ def _packed(columns: Sequence[Column], rollouts: Sequence[Rollout], dtype: torch
                 f"rollout {rollout.rollout_id}: {found} for {rollout.response_token_ids.size} response tokens"
             )
         arrays.append(column)
-    return torch.from_numpy(np.concatenate(arrays)).to(dtype)
+    return torch.from_numpy(np.concatenate(_of_one_width(arrays))).to(dtype)
+
+
+def _of_one_width(arrays: list[NDArray[np.generic]]) -> list[NDArray[np.generic]]:
+    """A rollout whose ids nobody looked for has no columns beside others that have k: it gets unused ones."""
+    widest = max(arrays, key=lambda array: array.shape[-1] if array.ndim > 1 else 0)
+    if widest.ndim == 1 or all(array.shape[1] for array in arrays):
+        return arrays
+    unused = PAD_ID if np.issubdtype(widest.dtype, np.integer) else np.nan
+    return [
+        array if array.shape[1] else np.full((len(array), widest.shape[1]), unused, widest.dtype) for array in arrays
+    ]

@@ -24,6 +24,7 @@ from opd.ops import (
     score_rows,
     student_scores,
     support_logits,
+    top_k_rows,
 )
 from services.trainer.batch import DistillBatch
 from services.trainer.config import OptimSettings
@@ -138,6 +139,19 @@ class Student:
                 score_top_k=score_top_k,
                 temperature=temperature,
                 wants_entropy=wants_entropy,
+                row_chunk=self.row_chunk,
+            )
+
+    def top_k_ids(self, tokens: PackedTokens, score_top_k: int, *, temperature: float = 1.0) -> Tensor:
+        """The ids [T, k] alone, as `row_statistics` gives them; `PAD_ID` in a row that is not finite."""
+        self.model.eval()
+        with torch.no_grad():
+            return top_k_rows(
+                self._hidden(tokens),
+                output_head(self.model),
+                num_defined_ids=self.num_defined_ids,
+                score_top_k=score_top_k,
+                temperature=temperature,
                 row_chunk=self.row_chunk,
             )
 
