@@ -76,10 +76,14 @@ class PackedTokens:
         return tuple(_group(self.lengths, *bounds, self.input_ids_N.device) for bounds in group_bounds(self.lengths))
 
     @property
+    def num_places(self) -> int:
+        """Of all groups, those after the end of a document included."""
+        return sum(group.num_documents * group.longest for group in self.groups)
+
+    @property
     def padding_share(self) -> float:
-        """Of the groups' places: tokens that attention computes in vain, 0 to `MAX_PADDING`."""
-        places = sum(group.num_documents * group.longest for group in self.groups)
-        return 1.0 - len(self.input_ids_N) / places
+        """Of the groups' places: what attention computes in vain, 0 to `MAX_PADDING`."""
+        return 1.0 - len(self.input_ids_N) / self.num_places
 
 
 def pack(rollouts: Sequence[Rollout], device: torch.device | str = "cpu") -> PackedTokens:
