@@ -11,9 +11,11 @@ import torch
 from opd.errors import InternalError, NonFiniteError
 from opd.types import PAD_ID, Rollout
 from services.trainer.batch import build_batch
-from services.trainer.objectives.config import ObjectiveConfig
+from services.trainer.objectives.config import ObjectiveConfig, SupportWeight
 from services.trainer.rollout.base import RolloutRequest, SamplingParams
+from services.trainer.rollout.completed import CompletedRollouts
 from services.trainer.rollout.transformers_engine import TransformersEngine
+from services.trainer.step_metrics import StepMetrics
 from services.trainer.student import Student
 from services.trainer.support_pass import SupportPass, measured_places
 from tests.unit.trainer.tiny_training import EOS, NUM_IDS, Setup, tiny_model
@@ -158,64 +160,70 @@ def test_what_is_measured_depends_on_seed_and_step_alone(fraction: float) -> Non
     assert fraction in (1.0, 0.01) or drawn(1) != drawn(2)
 
 
-class BareEngine:
-    """Completes what an engine without statistics sampled, as a loop would before it sends."""
-
-    def __init__(self, engine: TransformersEngine, completing: SupportPass, measured: Sequence[str]) -> None:
-        self._engine, self._completing, self._measured = engine, completing, measured
-        self.policy_version = 0
-
-    @property
-    def max_context(self) -> int:
-        return self._engine.max_context
-
-    def sample(self, requests: Any, sampling: SamplingParams, *, on_finish: Any = None) -> list[Rollout]:
-        self._engine.policy_version = self.policy_version
-        rollouts = self._completing.complete(self._engine.sample(requests, sampling), self._measured)
-        for rollout in rollouts:
-            on_finish(rollout)
-        return rollouts
-
-
-def bare_setup(setup: Setup, *, measured: Sequence[str], needs_support: bool) -> Setup:
+def bare_setup(setup: Setup, *, fraction: float, needs_support: bool) -> Setup:
     engine = TransformersEngine(setup.student_model, eos_token_ids=[EOS], num_defined_ids=NUM_IDS, score_top_k=None)
     completing = SupportPass(student=setup.student, score_top_k=6, needs_support=needs_support)
-    setup.engine = BareEngine(engine, completing, measured)
+    setup.engine = CompletedRollouts(engine, completing, fraction=fraction, seed=5)
     return setup
+
+
+def metrics_of(record: Any) -> dict[str, float]:
+    return StepMetrics(weight=SupportWeight.STUDENT, decode=None, fraction=0.25, seed=5).summarize(record).values
 
 
 @pytest.mark.parametrize("support", ["student", "teacher", "union"])
 def test_a_run_on_bare_tokens_trains_as_one_on_recorded_ones(support: str) -> None:
-    """Two whole steps, the teacher asked at the ids that were found; of each step two rollouts are measured."""
+    """Two whole steps, the teacher asked at the ids that were found; of each step two of the rollouts are measured."""
     objective = ObjectiveConfig(score_top_k=6, support=support)
     recorded = Setup(objective=objective, num_steps=2)
-    measured = [f"run.{step}.{index}" for step in range(2) for index in (1, 4)]
-    bare = bare_setup(Setup(objective=objective, num_steps=2), measured=measured, needs_support=support != "teacher")
+    bare = bare_setup(Setup(objective=objective, num_steps=2), fraction=0.25, needs_support=support != "teacher")
     records: dict[str, list[Any]] = {"recorded": [], "bare": []}
     recorded.loop().run(records["recorded"].append)
     bare.loop().run(records["bare"].append)
     torch.testing.assert_close(bare.parameters(), recorded.parameters(), rtol=0, atol=2e-6)
     for ours, theirs in zip(records["bare"], records["recorded"], strict=True):
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
-    scored = records["bare"][0].scored
-    assert [is_unknown(item.rollout.entropy) for item in scored].count(False) == 2
-    widths = {item.rollout.topk_token_ids.shape[1] for item in scored}
-    assert widths == ({0, 6} if support == "teacher" else {6})
+        assert [is_unknown(item.rollout.entropy) for item in ours.scored].count(False) == 2
+        widths = {item.rollout.topk_token_ids.shape[1] for item in ours.scored}
+        assert widths == ({0, 6} if support == "teacher" else {6})
+        # What compares the ids is measured on just the rollouts that have everything.
+        found, expected = metrics_of(ours), metrics_of(theirs)
+        for name in ("distill/overlap_ratio", "distill/overlap_mass_student", "loss/reverse_kl"):
+            assert found[name] == pytest.approx(expected[name], abs=1e-5), name
 
 
 def test_a_support_without_ids_is_no_empty_support() -> None:
-    """Forgetting the pass ends in an error, not in a loss of 0."""
-    setup = bare_setup(Setup(num_steps=1), measured=["run.0.0"], needs_support=False)
+    """Forgetting that every rollout needs ids ends in an error, not in a loss of 0."""
+    setup = bare_setup(Setup(num_steps=1), fraction=0.01, needs_support=False)
     with pytest.raises(InternalError, match=r"a support column needs the teacher's log-probs, which were not given"):
         setup.loop().run_step()
 
 
 def test_unused_columns_stand_where_nobody_looked_for_ids() -> None:
-    setup = bare_setup(Setup(objective=ObjectiveConfig(score_top_k=6, support="teacher")), measured=["run.0.0"],
-                       needs_support=False)  # fmt: skip
-    batch = build_batch(list(setup.loop().run_step().scored))
-    is_measured_T = batch.rollout_index_T == 0
+    setup = Setup(objective=ObjectiveConfig(score_top_k=6, support="teacher"))
+    record = bare_setup(setup, fraction=0.25, needs_support=False).loop().run_step()
+    batch = build_batch(list(record.scored))
+    places = measured_places(len(record.scored), fraction=0.25, seed=5, step=1)
+    is_measured_T = torch.tensor([index in places for index in batch.rollout_index_T.tolist()])
+    assert 0 < is_measured_T.sum() < len(is_measured_T)
     assert (batch.support_ids_TK[is_measured_T] >= 0).all()
     assert (batch.support_ids_TK[~is_measured_T] == PAD_ID).all()
     assert batch.student_support_logprobs_TK[~is_measured_T].isnan().all()
     assert batch.teacher_support_logprobs_TK is None
+
+
+def test_the_engine_in_front_is_one_like_any_other() -> None:
+    """The temperature and the cuts are those of the call; the version goes through; without listeners it works too."""
+    model = tiny_model(1)
+    inner = TransformersEngine(model, eos_token_ids=[EOS], num_defined_ids=NUM_IDS, score_top_k=None)
+    engine = CompletedRollouts(inner, passed(model, temperature=9.0, keeps_every_token=True))
+    engine.policy_version = 4
+    assert (inner.policy_version, engine.max_context, engine.samples_elsewhere) == (4, inner.max_context, False)
+    request = RolloutRequest(rollout_id="a", group=0, prompt_token_ids=np.array([3], np.int32), seed=0)
+    recording = TransformersEngine(model, eos_token_ids=[EOS], num_defined_ids=NUM_IDS, score_top_k=K)
+    for settings in ({}, {"temperature": 0.6}, {"temperature": 0.0}, {"top_p": 0.5}, {"top_k": 2}):
+        sampling = SamplingParams(max_response_tokens=8, **settings)
+        (ours,), (theirs,) = engine.sample([request], sampling), recording.sample([request], sampling)
+        assert ours.policy_version == 4
+        np.testing.assert_allclose(ours.topk_logprobs, theirs.topk_logprobs, atol=2e-5)
+        assert is_unknown(ours.rollout_logprobs) is (settings.keys() <= {"top_p", "top_k"} and bool(settings))
