@@ -6,6 +6,7 @@ hidden states are those it has alone, to rounding.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,9 +24,22 @@ _PROBE_TOLERANCE = 1e-3
 class DocumentForward:
     """Hidden states of a transformers model, one document knowing nothing of another."""
 
-    def __init__(self, model: Any, *, num_defined_ids: int) -> None:
-        """Tries the model on a few tokens."""
+    def __init__(
+        self,
+        model: Any,
+        *,
+        num_defined_ids: int,
+        decoder: Callable[..., Any] | None = None,
+        in_one_pass: bool = False,
+    ) -> None:
+        """Tries the model on a few tokens. `decoder` runs its layers, by default the model's own.
+
+        `in_one_pass` runs every micro-batch once also where it is padded, however much that is: for processes that
+        have to run their layers in step with each other.
+        """
         self._model = model
+        self._decoder = decoder or model.base_model
+        self._in_one_pass = in_one_pass
         self._config = model.config.get_text_config(decoder=True)
         reason = why_not_packable(self._config) or self._why_probe_fails(num_defined_ids)
         self.is_packed = reason is None
@@ -38,7 +52,8 @@ class DocumentForward:
         """[N, H], differentiable; in the mode and under the autocast of the caller."""
         if self.is_packed:
             return self._packed(tokens)[0]
-        return torch.cat([self._padded(tokens, group) for group in tokens.groups])
+        groups = (tokens.as_one_group(),) if self._in_one_pass else tokens.groups
+        return torch.cat([self._padded(tokens, group) for group in groups])
 
     def _packed(self, tokens: PackedTokens) -> tuple[Tensor, list[int | None]]:
         with inside_documents(self._config, tokens) as windows:
@@ -55,7 +70,7 @@ class DocumentForward:
         return group.packed(hidden_GSH)
 
     def _run(self, **inputs: Tensor | None) -> Tensor:
-        hidden: Tensor = self._model.base_model(**inputs, use_cache=False, return_dict=True).last_hidden_state
+        hidden: Tensor = self._decoder(**inputs, use_cache=False, return_dict=True).last_hidden_state
         return hidden
 
     def _why_probe_fails(self, num_defined_ids: int) -> str | None:

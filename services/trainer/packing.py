@@ -75,6 +75,10 @@ class PackedTokens:
         """All documents in their order. Few where they come sorted by length, as `split_by_tokens` has them."""
         return tuple(_group(self.lengths, *bounds, self.input_ids_N.device) for bounds in group_bounds(self.lengths))
 
+    def as_one_group(self) -> Group:
+        """All documents side by side, however unlike their lengths are."""
+        return _group(self.lengths, 0, len(self.lengths), self.input_ids_N.device)
+
     @property
     def num_places(self) -> int:
         """Of all groups, those after the end of a document included."""

@@ -192,6 +192,23 @@ def test_the_model_is_left_as_it_was_also_by_an_error() -> None:
     assert torch.equal(alone(model, tokens), expected) and not model.training
 
 
+@pytest.mark.parametrize("name", ["llama", "eager", "convolutions"])
+def test_layers_run_once_for_a_micro_batch_where_that_is_asked_for(name: str) -> None:
+    """By a decoder of the caller's, as where several processes have to take every layer together."""
+    model = in_float64(made((PACKED | PADDED)[name]))
+    passes = []
+
+    def decoder(**inputs: Any) -> Any:
+        passes.append(inputs["input_ids"].shape)
+        return model.base_model(**inputs)
+
+    forward = DocumentForward(model, num_defined_ids=NUM_IDS, decoder=decoder, in_one_pass=True)
+    passes.clear()
+    tokens = documents()
+    assert_close(forward(tokens), alone(model, tokens), 1e-10)
+    assert passes == [(1, sum(LENGTHS)) if name == "llama" else (len(LENGTHS), max(LENGTHS))]
+
+
 class LargestTensor(TorchDispatchMode):
     """Elements of the largest result of any operation, those of the way back included."""
 
