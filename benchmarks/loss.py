@@ -6,8 +6,9 @@ to hidden states and to the head's weight.
 - sparse_with_support: the same after a pass without gradient that chooses the ids, top-k over all columns
 - chunked: log-probs over all columns, 256 rows at a time, recomputed on the way back
 - naive: log-probs of all rows at once; null above 4,096 positions, whose logits would not fit
-Each side runs in a process of its own. Memory is the peak beyond weight, hidden states and their gradients. The keys of
-the last line are of the size named by `positions`; `sizes` has all of them.
+Each side runs in a process of its own, and the sides take turns, so that a busy machine is busy for all of them; the
+least time counts. Memory is the peak beyond weight, hidden states and their gradients. The keys of the last line are of
+the size named by `positions`; `sizes` has all of them.
 """
 
 import argparse
@@ -25,7 +26,11 @@ SIDES = ("sparse", "sparse_with_support", "chunked", "naive")
 MAX_NAIVE_POSITIONS = 4096
 STATED_POSITIONS = 4096
 _SUPPORT = 16
+_ROUNDS = 3
 _TIMED_RUNS = 3
+"""Of a process."""
+_LONG_S = 20.0
+"""What takes longer is run once."""
 
 
 def main() -> None:
@@ -57,14 +62,19 @@ def main() -> None:
 
 def _size(positions: int, args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for side in SIDES:
-        if side == "naive" and positions > MAX_NAIVE_POSITIONS:
-            reason = f"logits of {positions} rows alone take {4 * positions * args.columns / 2**30:.0f} GiB, thrice"
-            found |= {"naive_s": None, "naive_peak_bytes": None, "naive_reason": reason}
-            continue
-        say(f"{side}: {positions} positions over {args.columns} columns")
-        seconds, peak = _in_a_process(side, positions, args)
-        found |= {f"{side}_s": seconds, f"{side}_peak_bytes": peak}
+    sides = [side for side in SIDES if side != "naive" or positions <= MAX_NAIVE_POSITIONS]
+    if "naive" not in sides:
+        reason = f"logits of {positions} rows alone take {4 * positions * args.columns / 2**30:.0f} GiB, thrice"
+        found |= {"naive_s": None, "naive_peak_bytes": None, "naive_reason": reason}
+    for turn in range(_ROUNDS):
+        for side in sides:
+            name = f"{side}_s"
+            if turn and found[name] > _LONG_S:
+                continue
+            say(f"{side}: {positions} positions over {args.columns} columns, turn {turn + 1}")
+            seconds, peak = _in_a_process(side, positions, args)
+            found |= {name: min(seconds, found.get(name, seconds))}
+            found.setdefault(f"{side}_peak_bytes", peak)
     return found
 
 
@@ -83,7 +93,7 @@ def _measure(args: argparse.Namespace) -> tuple[float, int]:
     memory = _CudaMemory() if args.device == "cuda" else HostMemory()
     seconds: list[float] = []
     begun = time.perf_counter()
-    while len(seconds) < _TIMED_RUNS and (not seconds or time.perf_counter() - begun < 60):
+    while len(seconds) < _TIMED_RUNS and (not seconds or time.perf_counter() - begun < _LONG_S):
         if not seconds:
             memory.begin()
         started = time.perf_counter()

@@ -8,7 +8,7 @@ every normaliser, ranking and entropy. Teacher engine, rollout sampler and stude
 from opd.ops.divergence import FORWARD_KL, REVERSE_KL, row_divergence
 from opd.ops.full_vocabulary import FullVocabularyScores, defined_head, full_divergence, full_logprobs
 from opd.ops.head import MASKED_LOGIT, OutputHead
-from opd.ops.rows import RowStatistics, row_statistics, score_rows
+from opd.ops.rows import RowStatistics, row_statistics, score_rows, top_k_rows
 from opd.ops.sparse_head import support_logits
 from opd.ops.support import StudentScores, student_scores, support_logprobs
 from opd.ops.topk import top_k_stable
@@ -30,5 +30,6 @@ __all__ = [
     "student_scores",
     "support_logits",
     "support_logprobs",
+    "top_k_rows",
     "top_k_stable",
 ]

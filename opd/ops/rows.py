@@ -87,6 +87,32 @@ def score_rows(
         return _joined(parts)
 
 
+def top_k_rows(
+    hidden_TH: Tensor,
+    head: OutputHead,
+    *,
+    num_defined_ids: int,
+    score_top_k: int,
+    temperature: float = 1.0,
+    row_chunk: int = DEFAULT_ROW_CHUNK,
+) -> Tensor:
+    """The ids [T, k] alone that `score_rows` gives, without normalisers: about a fifth cheaper.
+
+    A row whose best logits are not finite has `PAD_ID` throughout. Raises as `score_rows` does.
+    """
+    require_temperature(temperature)
+    require_defined_ids(num_defined_ids, head.num_rows)
+    defined = head.first_rows(num_defined_ids)
+    parts = []
+    with torch.no_grad():
+        for rows in _slices(hidden_TH, row_chunk):
+            logits_CV = defined.logits(hidden_TH[rows])
+            # The same values are ranked, so that rounding makes the same ties.
+            ids_Ck, kept_Ck = top_k_stable(logits_CV if temperature == 1.0 else logits_CV / temperature, score_top_k)
+            parts.append(ids_Ck.masked_fill(~kept_Ck.isfinite().all(dim=-1, keepdim=True), PAD_ID))
+    return torch.cat(parts)
+
+
 def row_statistics(
     logits_TV: Tensor,
     *,

@@ -1,8 +1,8 @@
 """Scored rollouts as tensors: what one forward and backward pass of the student works on.
 
-B rollouts of one micro-batch, S their longest sequence, P prompt and R response tokens of one rollout, T response
-positions of all B rollouts one after the other, K student support ids, k teacher top-k ids. Only the forward pass sees
-padding; everything a loss works on is packed, so that a mean over positions needs no mask of its own.
+B rollouts of one micro-batch, N their tokens one after the other, P prompt and R response tokens of one rollout, T
+response positions of all B rollouts likewise, K student support ids, k teacher top-k ids. Nothing is padded, so that a
+mean over positions needs no mask of its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opd.errors import InternalError
-from opd.types import Rollout, Scores
+from opd.types import PAD_ID, Rollout, Scores
+from services.trainer.packing import PackedTokens, pack, split_by_tokens
 
 Column: TypeAlias = NDArray[np.generic] | None
 
@@ -62,18 +63,15 @@ class DistillBatch:
 
     rollout_ids: tuple[str, ...]
     """[B]"""
-    input_ids_BS: Tensor
-    """Prompt and response, padded on the right with id 0."""
-    attention_mask_BS: Tensor
-    hidden_index_T: Tensor
-    """Row of the flattened [B * S] hidden states that predicts each response token."""
+    tokens: PackedTokens
+    """Prompts and responses."""
     rollout_index_T: Tensor
     """Which of the B rollouts a position belongs to."""
     position_T: Tensor
     """Index of a position within its response."""
     sampled_ids_T: Tensor
     support_ids_TK: Tensor
-    """The student's top-k at rollout time."""
+    """The student's top-k at rollout time; `PAD_ID` for rollouts in which nobody looked for it."""
     rollout_logprobs_T: Tensor
     """Of the sampled tokens, under the sampler actually used."""
     student_sampled_logprobs_T: Tensor
@@ -115,24 +113,18 @@ class DistillBatch:
 
 
 def micro_batches(scored: Sequence[ScoredRollout], max_tokens: int) -> list[list[ScoredRollout]]:
-    """Splits rollouts, longest first, so that each part holds at most `max_tokens` tokens after padding.
+    """Splits rollouts so that each part holds at most `max_tokens` tokens, which no padding adds to.
 
     A rollout longer than that gets a part of its own. The split depends on lengths and ids alone, never on the order
     of arrival.
     """
-    parts: list[list[ScoredRollout]] = []
-    longest = 0
-    for item in sorted(scored, key=lambda item: (-item.num_tokens, item.rollout.rollout_id)):
-        if not parts or (len(parts[-1]) + 1) * longest > max_tokens:
-            parts.append([])
-            longest = item.num_tokens
-        parts[-1].append(item)
-    return parts
+    return split_by_tokens(
+        scored, max_tokens, size=lambda item: item.num_tokens, name=lambda item: item.rollout.rollout_id
+    )
 
 
 def build_batch(scored: Sequence[ScoredRollout], device: torch.device | str = "cpu") -> DistillBatch:
     """Packs one part into tensors. `InternalError` when a rollout's columns are not of its length."""
-    input_ids_BS, attention_mask_BS, hidden_index_T = _sequences(scored)
     rollouts = [item.rollout for item in scored]
     lengths_B = torch.tensor([item.num_response_tokens for item in scored])
     trained_B = torch.tensor([item.num_trained_tokens for item in scored])
@@ -150,9 +142,7 @@ def build_batch(scored: Sequence[ScoredRollout], device: torch.device | str = "c
     supervised_B = torch.tensor([item.num_supervised_tokens for item in scored])
     return DistillBatch(
         rollout_ids=tuple(rollout.rollout_id for rollout in rollouts),
-        input_ids_BS=input_ids_BS.to(device),
-        attention_mask_BS=attention_mask_BS.to(device),
-        hidden_index_T=hidden_index_T.to(device),
+        tokens=pack(rollouts, device),
         rollout_index_T=per_position(torch.arange(len(scored))).to(device),
         position_T=position_T.to(device),
         supervised_T=(position_T < per_position(supervised_B)).to(device),
@@ -180,22 +170,6 @@ def _advantages(item: ScoredRollout) -> Column:
     return np.full(item.num_response_tokens, item.advantage, dtype=np.float64)
 
 
-def _sequences(scored: Sequence[ScoredRollout]) -> tuple[Tensor, Tensor, Tensor]:
-    """Padded input, attention mask, and where each response token is predicted."""
-    longest = max(item.num_tokens for item in scored)
-    input_ids_BS = torch.zeros(len(scored), longest, dtype=torch.int64)
-    attention_mask_BS = torch.zeros(len(scored), longest, dtype=torch.int64)
-    hidden_index = []
-    for row, item in enumerate(scored):
-        tokens = np.concatenate([item.rollout.prompt_token_ids, item.rollout.response_token_ids]).astype(np.int64)
-        input_ids_BS[row, : tokens.size] = torch.from_numpy(tokens)
-        attention_mask_BS[row, : tokens.size] = 1
-        # The hidden state at index i predicts token i + 1, so the last prompt token predicts the first response token.
-        first = row * longest + item.rollout.prompt_token_ids.size - 1
-        hidden_index.append(torch.arange(first, first + item.num_response_tokens))
-    return input_ids_BS, attention_mask_BS, torch.cat(hidden_index)
-
-
 def _packed(columns: Sequence[Column], rollouts: Sequence[Rollout], dtype: torch.dtype) -> Tensor:
     """Joins one array per rollout along positions, after checking that each has one row per response token."""
     arrays = []
@@ -206,4 +180,15 @@ def _packed(columns: Sequence[Column], rollouts: Sequence[Rollout], dtype: torch
                 f"rollout {rollout.rollout_id}: {found} for {rollout.response_token_ids.size} response tokens"
             )
         arrays.append(column)
-    return torch.from_numpy(np.concatenate(arrays)).to(dtype)
+    return torch.from_numpy(np.concatenate(_of_one_width(arrays))).to(dtype)
+
+
+def _of_one_width(arrays: list[NDArray[np.generic]]) -> list[NDArray[np.generic]]:
+    """A rollout whose ids nobody looked for has no columns beside others that have k: it gets unused ones."""
+    widest = max(arrays, key=lambda array: array.shape[-1] if array.ndim > 1 else 0)
+    if widest.ndim == 1 or all(array.shape[1] for array in arrays):
+        return arrays
+    unused = PAD_ID if np.issubdtype(widest.dtype, np.integer) else np.nan
+    return [
+        array if array.shape[1] else np.full((len(array), widest.shape[1]), unused, widest.dtype) for array in arrays
+    ]

@@ -63,7 +63,7 @@ class StudentSettings(Settings):
     gradient_checkpointing: bool = False
     """Recomputes layers on the way back: less memory, about a third more time."""
     max_micro_batch_tokens: PositiveInt = 32768
-    """Padded tokens of one forward and backward pass; the step's result does not depend on it."""
+    """Tokens of one forward and backward pass; the step's result does not depend on it."""
     row_chunk: PositiveInt = 256
     """Response positions whose logits over the whole vocabulary exist at a time."""
     threads: PositiveInt | None = None

@@ -5,7 +5,7 @@ others.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from opd.errors import InternalError, NonFiniteError
 from opd.ops import OutputHead
 from opd.types import PAD_ID
 from services.trainer.batch import DistillBatch
+from services.trainer.diagnostics.means import Mean
 from services.trainer.objectives.config import ObjectiveConfig
 from services.trainer.objectives.contract import LossInputs, LossOutput
 from services.trainer.objectives.objective import Objective
@@ -53,7 +54,7 @@ class DistillLoss:
         """The loss as a sum, with gradient. `NonFiniteError` names the rollout that brought a number that is none."""
         support = self._support(batch) if self._needs.support else None
         side = self._full_vocabulary(batch) if self._needs.full_vocabulary else self._at_ids(batch, support)
-        return self._objective(
+        output = self._objective(
             LossInputs(
                 valid_T=batch.valid_T,
                 supervised_T=batch.supervised_T,
@@ -74,6 +75,9 @@ class DistillLoss:
                 name_position=batch.name_position,
             )
         )
+        places = batch.tokens.num_places
+        padding = Mean(total=places - len(batch.tokens.input_ids_N), count=places)
+        return replace(output, metrics=output.metrics | {"timing/padding_share": padding})
 
     def _support(self, batch: DistillBatch) -> SupportScores:
         teacher_ids_Tk = batch.teacher_topk_ids_Tk

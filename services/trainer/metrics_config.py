@@ -12,7 +12,8 @@ class MetricsSettings(Settings):
 
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of a step's rollouts that whatever compares the k ids is measured on: overlap, masses, eq 5, extreme gaps.
-    Drawn anew at every step by the run's seed; entropies, rewards and outcomes are always of all rollouts."""
+    Drawn anew at every step by the run's seed; entropies, rewards and outcomes are always of all rollouts. Where the
+    rollout engine does not record the student's log-probs and entropies, only these rollouts have them."""
     coherence_every_steps: Annotated[int, Field(ge=0)] = 10
     """How often `distill/gradient_coherence` is measured, the run's first step included; 0 means never. Costs a forward
     and backward pass over the probe and, for its duration, memory for two more copies of the gradient; with

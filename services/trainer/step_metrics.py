@@ -9,9 +9,7 @@ import dataclasses
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
-
-import numpy as np
+from collections.abc import Callable, Sequence
 
 from services.trainer.batch import ScoredRollout
 from services.trainer.diagnostics import StepDiagnostics, StepSummary
@@ -19,6 +17,7 @@ from services.trainer.evaluation.grading import grade
 from services.trainer.loop import StepRecord
 from services.trainer.objectives.config import SupportWeight
 from services.trainer.step_rollouts import StepPrompt
+from services.trainer.support_pass import measured_places
 
 POLICY_LAG = "rollout/policy_lag"
 """Steps by which the weights that sampled are older than those that the step changes."""
@@ -47,7 +46,7 @@ class StepMetrics:
         """Every metric of the step, means over positions or over rollouts."""
         begun = time.perf_counter()
         diagnostics = StepDiagnostics(weight=self._weight)
-        in_full = self._sample(record)
+        in_full = measured_places(len(record.scored), fraction=self._fraction, seed=self._seed, step=record.step)
         for index, item in enumerate(record.scored):
             prompt = record.prompts[item.rollout.group]
             diagnostics.add_rollout(
@@ -68,14 +67,6 @@ class StepMetrics:
         # One number for each rollout, where they are not all of the weights that the step changes.
         samples = {f"{POLICY_LAG}s": lags} if any(lags) else {}
         return dataclasses.replace(summary, values=values, samples=summary.samples | samples)
-
-    def _sample(self, record: StepRecord) -> Container[int]:
-        """Indices of the rollouts that are measured in full, at least one; the same again after a resume."""
-        total = len(record.scored)
-        if self._fraction >= 1:
-            return range(total)
-        generator = np.random.default_rng([self._seed, record.step])
-        return set(generator.permutation(total)[: max(1, round(self._fraction * total))].tolist())
 
     def _grade(self, item: ScoredRollout, prompt: StepPrompt) -> bool | None:
         if self._decode is None or prompt.answer is None or not prompt.template:

@@ -1,6 +1,6 @@
 """The trained student: its forward pass at a few ids per position, and its optimizer.
 
-B rollouts, S their longest sequence, H hidden size, T packed response positions, K ids. Weights are the fp32 masters;
+N tokens of a micro-batch, H hidden size, T response positions, K ids. Weights are the fp32 masters;
 on CUDA the transformer runs under bf16 autocast while the output head and everything after it stays in fp32. Only the
 hidden states of response positions go through the head, a chunk of rows at a time, so logits of a whole batch never
 exist. Dropout is switched off: the loss is a divergence of the distribution that was sampled.
@@ -18,13 +18,19 @@ from opd.ops import (
     REVERSE_KL,
     FullVocabularyScores,
     OutputHead,
+    RowStatistics,
     StudentScores,
     full_divergence,
+    score_rows,
     student_scores,
     support_logits,
+    top_k_rows,
 )
 from services.trainer.batch import DistillBatch
 from services.trainer.config import OptimSettings
+from services.trainer.forward import DocumentForward
+from services.trainer.packed_attention import recompute_contexts
+from services.trainer.packing import PackedTokens
 
 _HEAD_TOLERANCE = 1e-3
 _MIN_DECAYED_DIMS = 2
@@ -50,8 +56,10 @@ class Student:
         self._gradient_checkpointing = gradient_checkpointing
         _switch_dropout_off(model)
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            options = {"use_reentrant": False, "context_fn": recompute_contexts}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         self._check_head()
+        self._forward = DocumentForward(model, num_defined_ids=num_defined_ids)
 
     @property
     def device(self) -> torch.device:
@@ -117,23 +125,49 @@ class Student:
             row_chunk=self.row_chunk,
         )
 
+    def row_statistics(
+        self, tokens: PackedTokens, *, score_top_k: int = 0, temperature: float = 1.0, wants_entropy: bool = False
+    ) -> RowStatistics:
+        """What `opd.ops.score_rows` says of the rows that predict the response tokens; without a gradient."""
+        self.model.eval()
+        with torch.no_grad():
+            return score_rows(
+                self._hidden(tokens),
+                output_head(self.model),
+                num_defined_ids=self.num_defined_ids,
+                sampled_ids_T=tokens.response_ids_T,
+                score_top_k=score_top_k,
+                temperature=temperature,
+                wants_entropy=wants_entropy,
+                row_chunk=self.row_chunk,
+            )
+
+    def top_k_ids(self, tokens: PackedTokens, score_top_k: int, *, temperature: float = 1.0) -> Tensor:
+        """The ids [T, k] alone, as `row_statistics` gives them; `PAD_ID` in a row that is not finite."""
+        self.model.eval()
+        with torch.no_grad():
+            return top_k_rows(
+                self._hidden(tokens),
+                output_head(self.model),
+                num_defined_ids=self.num_defined_ids,
+                score_top_k=score_top_k,
+                temperature=temperature,
+                row_chunk=self.row_chunk,
+            )
+
     def _response_hidden(self, batch: DistillBatch) -> Tensor:
         """[T, H] with gradient, of the positions that predict the response."""
         # Recomputation of whole layers is tied to training mode in transformers; nothing else differs without dropout.
         self.model.train(self._gradient_checkpointing)
-        hidden_BSH = self._hidden(batch.input_ids_BS, batch.attention_mask_BS)
-        hidden_TH = hidden_BSH.flatten(0, 1)[batch.hidden_index_T]
+        hidden_TH = self._hidden(batch.tokens)
         if hidden_TH.requires_grad:
             hidden_TH.register_hook(partial(_refuse_non_finite_gradient, batch))
         return hidden_TH
 
-    def _hidden(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
+    def _hidden(self, tokens: PackedTokens) -> Tensor:
+        """[T, H]"""
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            output = self.model.base_model(
-                input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False, return_dict=True
-            )
-        hidden_BSH: Tensor = output.last_hidden_state
-        return hidden_BSH
+            return self._forward(tokens)[tokens.hidden_index_T]
 
     def _check_head(self) -> None:
         """Compares our reading of the output head with the model's own logits on a short probe."""

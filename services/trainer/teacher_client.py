@@ -157,7 +157,7 @@ class TeacherClient:
 
         That is its log-probs at the rollout's sampled and support ids, its own top-k, and entropy.
         """
-        wants, asked = self._wants, self._asked(self.info)
+        wants, asked = self._wants, self._asked_of(rollout)
         with RolloutJourney.begin(
             rollout, tenant=wants.tenant, teacher=wants.teacher, sampling_s=self._pinned_at_s
         ) as sending:
@@ -193,7 +193,7 @@ class TeacherClient:
                 f"{pinned}"
             )
         num_positions, num_candidates = rollout.topk_token_ids.shape
-        scores, asked = reply.scores, self._asked(self.info)
+        scores, asked = reply.scores, self._asked_of(rollout)
         columns = {
             Capability.SAMPLED_LOGPROBS: ("sampled_logprobs", scores.sampled_logprobs, (num_positions,)),
             Capability.CANDIDATE_LOGPROBS: (
@@ -259,6 +259,11 @@ class TeacherClient:
     def _asked(self, info: TeacherInfo) -> frozenset[Capability]:
         """What every request asks of this teacher."""
         return self._wants.needs | (info.capabilities & _METRICS.keys())
+
+    def _asked_of(self, rollout: Rollout) -> frozenset[Capability]:
+        """A rollout without ids of the student's has no candidates."""
+        asked = self._asked(self.info)
+        return asked if rollout.topk_token_ids.shape[1] else asked - {Capability.CANDIDATE_LOGPROBS}
 
     def _tell_what_is_absent(self, info: TeacherInfo) -> None:
         missing = [capability for capability in _METRICS if capability not in info.capabilities]

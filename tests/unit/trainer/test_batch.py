@@ -1,6 +1,7 @@
 """Packing and splitting of scored rollouts."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -41,10 +42,11 @@ def scored(name: str, prompt: list[int], response: list[int], k: int = 2) -> Sco
     return ScoredRollout(rollout=rollout, scores=scores)
 
 
-def test_sequences_are_padded_on_the_right_and_positions_packed() -> None:
+def test_tokens_and_positions_lie_one_after_the_other() -> None:
     batch = build_batch([scored("a", [5, 6, 7], [8, 9]), scored("b", [3], [4])])
-    assert batch.input_ids_BS.tolist() == [[5, 6, 7, 8, 9], [3, 4, 0, 0, 0]]
-    assert batch.attention_mask_BS.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert batch.tokens.input_ids_N.tolist() == [5, 6, 7, 8, 9, 3, 4]
+    assert batch.tokens.position_ids_N.tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert batch.tokens.lengths == (5, 2)
     assert batch.sampled_ids_T.tolist() == [8, 9, 4]
     assert batch.rollout_index_T.tolist() == [0, 0, 1]
     assert batch.position_T.tolist() == [0, 1, 0]
@@ -53,8 +55,9 @@ def test_sequences_are_padded_on_the_right_and_positions_packed() -> None:
 
 def test_each_position_points_at_the_token_before_it() -> None:
     batch = build_batch([scored("a", [5, 6, 7], [8, 9]), scored("b", [3], [4])])
-    before = batch.input_ids_BS.flatten()[batch.hidden_index_T]
+    before = batch.tokens.input_ids_N[batch.tokens.hidden_index_T]
     assert before.tolist() == [7, 8, 3]
+    assert torch.equal(batch.tokens.response_ids_T, batch.sampled_ids_T)
 
 
 def test_every_column_keeps_its_rows() -> None:
@@ -122,8 +125,10 @@ def test_micro_batches_hold_everything_once_within_the_budget(
     names = [[item.rollout.rollout_id for item in part] for part in parts]
     assert sorted(name for part in names for name in part) == sorted(item.rollout.rollout_id for item in items)
     for part in parts:
-        padded = max(item.num_tokens for item in part) * len(part)
-        assert padded <= max_tokens or len(part) == 1
+        assert sum(item.num_tokens for item in part) <= max_tokens or len(part) == 1
+    # Each part was opened for want of room in all before it.
+    for first, second in itertools.combinations(parts, 2):
+        assert sum(item.num_tokens for item in first) + second[0].num_tokens > max_tokens
     reordered = list(items)
     shuffle.shuffle(reordered)  # type: ignore[attr-defined]
     again = [[item.rollout.rollout_id for item in part] for part in micro_batches(reordered, max_tokens)]

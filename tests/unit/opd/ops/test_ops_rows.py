@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from opd.errors import ConfigError, InvalidRequestError
-from opd.ops import OutputHead, RowStatistics, row_statistics, score_rows
+from opd.ops import OutputHead, RowStatistics, row_statistics, score_rows, top_k_rows
 from opd.types import PAD_ID
 
 NUM_ROWS, HIDDEN, HEAD_ROWS, DEFINED, K = 13, 6, 40, 37, 5
@@ -164,6 +164,25 @@ def test_a_large_common_offset_keeps_the_entropy() -> None:
     found = row_statistics(logits + 8192.0, num_defined_ids=DEFINED, wants_entropy=True)
     expected = row_statistics((logits + 8192.0).double() - 8192.0, num_defined_ids=DEFINED, wants_entropy=True)
     assert abs(found.entropy_T - expected.entropy_T).max() < 2e-3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_ids_alone_are_those_that_come_with_everything(temperature: float) -> None:
+    hidden, head = _hidden(), _head()
+    with torch.no_grad():
+        # Two columns alike are a tie in every row.
+        head.weight_VH[7], head.bias_V[7] = head.weight_VH[3], head.bias_V[3]
+    hidden[4, 0] = torch.nan
+    settings = {"num_defined_ids": DEFINED, "score_top_k": DEFINED, "temperature": temperature, "row_chunk": 4}
+    found = top_k_rows(hidden, head, **settings)
+    assert torch.equal(found, score_rows(hidden, head, **settings).topk_ids_Tk)
+    assert (found[4] == PAD_ID).all() and (found[:4] >= 0).all()
+    for row in (0, 12):
+        assert found[row].tolist().index(7) == found[row].tolist().index(3) + 1
+    with pytest.raises(InvalidRequestError, match="temperature=0 must be positive"):
+        top_k_rows(hidden, head, **(settings | {"temperature": 0}))
+    with pytest.raises(InvalidRequestError, match=r"num_defined_ids=41 is outside 1\.\.40"):
+        top_k_rows(hidden, head, **(settings | {"num_defined_ids": 41}))
 
 
 def test_no_rows_is_an_answer_too() -> None:

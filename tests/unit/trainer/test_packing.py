@@ -1,0 +1,101 @@
+"""How documents are split and grouped: what is promised of padding holds for every distribution of lengths."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.trainer.batch import ScoredRollout, micro_batches
+from services.trainer.packing import MAX_PADDING, group_bounds, pack, split_by_tokens
+from tests.unit.trainer.test_batch import scored
+
+LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=60)
+
+
+def lengths_of_the_testbed(generator: np.random.Generator, count: int) -> list[tuple[int, int]]:
+    """Prompts of 18 to 30 tokens, responses of 12 to 90, as on the arithmetic task."""
+    return list(zip(generator.integers(18, 31, count), generator.integers(12, 91, count), strict=True))
+
+
+def long_tailed_lengths(generator: np.random.Generator, count: int) -> list[tuple[int, int]]:
+    """Log-normal responses (median 400, one in forty above 2,800), cut at 7,168; prompts of 50 to 200 tokens."""
+    responses = np.exp(generator.normal(np.log(400), 1.0, count)).clip(8, 7168).astype(int)
+    return list(zip(generator.integers(50, 201, count), responses, strict=True))
+
+
+def rollouts(lengths: Sequence[tuple[int, int]]) -> list[ScoredRollout]:
+    return [scored(f"r{index}", [2] * prompt, [3] * response) for index, (prompt, response) in enumerate(lengths)]
+
+
+def num_tokens_of(item: ScoredRollout) -> int:
+    return item.num_tokens
+
+
+def name_of(item: ScoredRollout) -> str:
+    return item.rollout.rollout_id
+
+
+@pytest.mark.parametrize("distribution", [lengths_of_the_testbed, long_tailed_lengths])
+@pytest.mark.parametrize("max_tokens", [4096, 32768])
+def test_at_most_a_tenth_is_padding(distribution: object, max_tokens: int) -> None:
+    items = rollouts(distribution(np.random.default_rng(0), 256))  # type: ignore[operator]
+    parts = micro_batches(items, max_tokens)
+    packed = [pack([item.rollout for item in part]) for part in parts]
+    num_tokens = sum(item.num_tokens for item in items)
+    # Layers that see one token at a time see no padding at all; attention sees at most a tenth.
+    assert sum(len(part.input_ids_N) for part in packed) == num_tokens
+    assert all(0.0 <= part.padding_share <= MAX_PADDING for part in packed)
+    # Few groups, each of which is one call of attention.
+    assert sum(len(part.groups) for part in packed) <= 6 * len(parts)
+    # Of full parts but for the last: what is left of a part is filled up with shorter documents.
+    assert len(parts) <= num_tokens / max_tokens + 2
+
+
+def test_a_plain_batch_of_the_same_documents_would_be_padded_by_a_third() -> None:
+    items = rollouts(long_tailed_lengths(np.random.default_rng(0), 64))
+    tokens = pack([item.rollout for item in split_by_tokens(items, 10**6, size=num_tokens_of, name=name_of)[0]])
+    assert 1 - sum(tokens.lengths) / (len(tokens.lengths) * max(tokens.lengths)) > 1 / 3
+    assert tokens.padding_share <= MAX_PADDING
+
+
+@settings(max_examples=80, deadline=None)
+@given(lengths=LENGTHS)
+def test_groups_hold_every_document_once_and_are_never_padded_by_more_than_a_tenth(lengths: list[int]) -> None:
+    bounds = group_bounds(lengths)
+    assert [first for first, _ in bounds] == [0, *[last for _, last in bounds[:-1]]]
+    assert bounds[-1][1] == len(lengths)
+    for first, last in bounds:
+        inside = lengths[first:last]
+        assert inside and sum(inside) >= (1 - MAX_PADDING) * len(inside) * max(inside)
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 40)), min_size=1, max_size=20))
+def test_a_group_gives_back_what_it_was_given(lengths: list[tuple[int, int]]) -> None:
+    tokens = pack([item.rollout for item in rollouts(lengths)])
+    values_N3 = torch.randn(len(tokens.input_ids_N), 3, dtype=torch.float64)
+    back = torch.cat([group.packed(group.padded(values_N3)) for group in tokens.groups])
+    assert torch.equal(back, values_N3)
+    documents = values_N3.split(tokens.lengths)
+    start = 0
+    for group in tokens.groups:
+        for row, document in zip(group.padded(values_N3), documents[start : start + group.num_documents], strict=True):
+            assert torch.equal(row[: len(document)], document) and not row[len(document) :].any()
+        start += group.num_documents
+    assert start == len(documents)
+
+
+def test_documents_of_one_length_are_one_group_without_a_copy() -> None:
+    tokens = pack([item.rollout for item in rollouts([(2, 3), (1, 4), (3, 2)])])
+    (group,) = tokens.groups
+    assert group.places is None and tokens.padding_share == 0.0
+    assert group.padded(tokens.input_ids_N).data_ptr() == tokens.input_ids_N.data_ptr()
+
+
+def test_a_part_is_filled_up_by_what_fits() -> None:
+    sizes = {"a": 6, "b": 5, "c": 5, "d": 4, "e": 30}
+    parts = split_by_tokens(list(sizes), 10, size=sizes.__getitem__, name=str)
+    assert parts == [["e"], ["a", "d"], ["b", "c"]]
