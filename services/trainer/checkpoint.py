@@ -90,16 +90,19 @@ class CheckpointStore:
         optimizer_tensors: dict[str, Tensor],
         state: TrainerState,
         extra: Mapping[str, dict[str, Tensor]] | None = None,
+        weights: dict[str, Tensor] | None = None,
     ) -> Path:
         """Writes one and then lets go of the oldest beyond `keep_last`; returns its folder.
 
-        `extra` holds tensors by name beside the student's, see `Checkpoint.extra_tensors`.
+        `extra` holds tensors by name beside the student's, see `Checkpoint.extra_tensors`; `weights` are written
+        instead of the model's own where those are in shards.
         """
         target = self._folder / f"{_PREFIX}{state.step:06d}"
         partial = self._folder / f"{_PARTIAL}{target.name}"
         try:
             shutil.rmtree(partial, ignore_errors=True)
-            _write(partial, model, tokenizer, {_OPTIMIZER_FILE: optimizer_tensors} | _extra_files(extra), state)
+            files = {_OPTIMIZER_FILE: optimizer_tensors} | _extra_files(extra)
+            _write(partial, model, tokenizer, files, state, weights)
             _replace(partial, target)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -148,10 +151,15 @@ def restore_random_state(tensors: dict[str, Tensor]) -> None:
 
 
 def _write(
-    partial: Path, model: Any, tokenizer: Any, files: Mapping[str, dict[str, Tensor]], state: TrainerState
+    partial: Path,
+    model: Any,
+    tokenizer: Any,
+    files: Mapping[str, dict[str, Tensor]],
+    state: TrainerState,
+    weights: dict[str, Tensor] | None,
 ) -> None:
     (partial / _STATE_FILE).parent.mkdir(parents=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, state_dict=weights)
     _save_tokenizer(tokenizer, partial)
     for file, tensors in files.items():
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial / file)

@@ -25,6 +25,7 @@ from opd.ops import (
 )
 from services.trainer.batch import DistillBatch
 from services.trainer.config import OptimSettings
+from services.trainer.distributed.sharding import ShardedDecoder, is_sharded, like, release, whole
 
 _HEAD_TOLERANCE = 1e-3
 _MIN_DECAYED_DIMS = 2
@@ -42,8 +43,10 @@ class Student:
         row_chunk: int = 256,
         gradient_checkpointing: bool = False,
     ) -> None:
-        """`model` is a Hugging Face causal LM; `ConfigError` when its head is of a form not known here."""
+        """`model` is a Hugging Face causal LM, which may be in shards; `ConfigError` when its head is of a form not
+        known here."""
         self.model = model
+        self._decoder: Callable[..., Any] = ShardedDecoder(model) if is_sharded(model) else model.base_model
         self.num_defined_ids = num_defined_ids
         self.temperature = temperature
         self.row_chunk = row_chunk
@@ -117,6 +120,13 @@ class Student:
             row_chunk=self.row_chunk,
         )
 
+    def idle_loss(self) -> Tensor:
+        """Zero, from a pass that touches every weight: a rank's part in a round for which it has no micro-batch."""
+        self.model.train(self._gradient_checkpointing)
+        ids_11 = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        hidden_1H = self._hidden(ids_11, torch.ones_like(ids_11))[0]
+        return 0.0 * support_logits(hidden_1H, output_head(self.model), ids_11, num_defined_ids=1).sum()
+
     def _response_hidden(self, batch: DistillBatch) -> Tensor:
         """[T, H] with gradient, of the positions that predict the response."""
         # Recomputation of whole layers is tied to training mode in transformers; nothing else differs without dropout.
@@ -129,7 +139,7 @@ class Student:
 
     def _hidden(self, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            output = self.model.base_model(
+            output = self._decoder(
                 input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False, return_dict=True
             )
         hidden_BSH: Tensor = output.last_hidden_state
@@ -141,7 +151,7 @@ class Student:
         probe_BS = torch.arange(min(8, self.num_defined_ids), device=self.device)[None]
         with torch.no_grad():
             expected_TV = self.model(input_ids=probe_BS, use_cache=False).logits[0].float()
-            hidden_TH = self.model.base_model(input_ids=probe_BS, use_cache=False).last_hidden_state[0]
+            hidden_TH = self._decoder(input_ids=probe_BS, use_cache=False).last_hidden_state[0]
             found_TV = output_head(self.model).logits(hidden_TH).float()
         worst = (found_TV - expected_TV).abs().max().item()
         # NaN weights compare false and are reported by the first rollout, with its name.
@@ -197,6 +207,7 @@ class StudentOptimizer:
         """`lr_factor` is what the learning rate is multiplied with at a step counted from 0, instead of the warm-up."""
         self._settings = settings
         self._lr_factor = lr_factor or self._warmup_factor
+        release(model)
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         # Decay shrinks weights towards zero, which for a norm's gain or a bias is no simpler function.
         decayed = [(name, parameter) for name, parameter in named if parameter.dim() >= _MIN_DECAYED_DIMS]
@@ -215,10 +226,16 @@ class StudentOptimizer:
     def zero_grad(self) -> None:
         self._adamw.zero_grad(set_to_none=True)
 
+    def scale(self, factor: float) -> None:
+        """Multiplies the gradient, which is a sum until it is divided by what it is over."""
+        for _, parameter in self._named:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
     def clip(self) -> float:
         """Scales the gradient to at most `max_grad_norm`; returns its norm before that, finite or not."""
         parameters = [parameter for _, parameter in self._named]
-        return float(nn.utils.clip_grad_norm_(parameters, self._settings.max_grad_norm))
+        return float(whole(nn.utils.clip_grad_norm_(parameters, self._settings.max_grad_norm)))
 
     def step(self, step: int) -> float:
         """Applies the gradient; returns the learning rate used at `step` (counted from 0)."""
@@ -233,7 +250,7 @@ class StudentOptimizer:
         return min(1.0, (step + 1) / warmup) if warmup else 1.0
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything AdamW remembers, by `parameter name.slot`."""
+        """Everything AdamW remembers, by `parameter name.slot`; in shards where the student is."""
         return {
             f"{name}.{slot}": value.detach()
             for name, parameter in self._named
@@ -241,7 +258,7 @@ class StudentOptimizer:
         }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over what `state_tensors` gave. `CheckpointError` when it belongs to another model."""
+        """Takes over whole tensors, as a checkpoint has them. `CheckpointError` when they belong to another model."""
         known = {name: index for index, (name, _) in enumerate(self._named)}
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
@@ -250,6 +267,8 @@ class StudentOptimizer:
                 raise CheckpointError(f"optimizer state: {name} is no parameter of this student; resume with its model")
             state.setdefault(known[name], {})[slot] = value
         self._check_shapes(state)
+        for index, slots in state.items():
+            state[index] = {slot: like(value, self._named[index][1]) for slot, value in slots.items()}
         saved = self._adamw.state_dict()
         self._adamw.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
 

@@ -1,0 +1,33 @@
+"""Checkpoints of a run over several ranks: rank 0 writes whole tensors, in the same form as a run of one process.
+
+So a checkpoint knows nothing of how many ranks wrote it, and any other number goes on with it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from services.trainer.checkpoint import CheckpointStore, TrainerState
+from services.trainer.distributed.ranks import Ranks, together
+from services.trainer.distributed.sharding import is_sharded, whole_on_host, whole_weights
+from services.trainer.student import StudentOptimizer
+
+
+def save_together(
+    ranks: Ranks,
+    store: CheckpointStore,
+    model: Any,
+    tokenizer: Any,
+    optimizer: StudentOptimizer,
+    state: TrainerState,
+    extra: dict[str, dict[str, Tensor]] | None = None,
+) -> Path | None:
+    """Collective; the folder on rank 0, None elsewhere. A disk that refuses is the same `CheckpointError` on all."""
+    if not is_sharded(model):
+        return store.save(model, tokenizer, optimizer.state_tensors(), state, extra)
+    is_writer = ranks.rank == 0
+    weights = whole_weights(model, keeps=is_writer)
+    tensors = whole_on_host(optimizer.state_tensors(), keeps=is_writer)
+    with together(ranks):
+        return store.save(model, tokenizer, tensors, state, extra, weights) if is_writer else None
