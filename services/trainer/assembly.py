@@ -34,7 +34,8 @@ from services.trainer.loggers.build import open_loggers
 from services.trainer.loggers.contract import Loggers
 from services.trainer.loop import LoopSettings, Scorer, TrainingLoop
 from services.trainer.loss import DistillLoss
-from services.trainer.models import LoadedModel, load_model
+from services.trainer.lora import Adapter
+from services.trainer.models import LoadedModel
 from services.trainer.objectives.config import ObjectiveKind
 from services.trainer.objectives.dispatch import build_objective
 from services.trainer.probe import PROBE_FILE, GradientProbe
@@ -51,6 +52,7 @@ from services.trainer.student import Student, StudentOptimizer
 from services.trainer.teacher_head import TeacherHead
 from services.trainer.teacher_links import TeacherLink, build_router, connect_teachers
 from services.trainer.teachers import NoTeachers, TeacherRouter
+from services.trainer.student_start import adapted, open_student
 from services.trainer.training_run import TrainingRun, close_within
 from services.trainer.weights import SharedWeights
 
@@ -72,6 +74,7 @@ class _Parts:
     store: CheckpointStore
     checkpoint: Checkpoint | None
     loaded: LoadedModel
+    adapter: Adapter | None
     prompts: PreparedPrompts
     engine: TransformersEngine
     evaluate: Callable[[int], dict[str, float]] | None
@@ -98,8 +101,7 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
     checkpoint = starting_point(log, store, resume=resume)
     _serve_status(settings, status, opened)
     links = connect_teachers(settings, opened) if settings.objective.uses_teacher else {}
-    source = str(checkpoint.folder) if checkpoint else settings.student.model
-    loaded = load_model(source, device=settings.student.device)
+    loaded, adapter = open_student(settings, checkpoint)
     prompts = prepare_prompts(settings, loaded.tokenizer)
     if checkpoint is not None:
         check_continuity(checkpoint, prompts, settings)
@@ -122,6 +124,7 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
         store=store,
         checkpoint=checkpoint,
         loaded=loaded,
+        adapter=adapter,
         prompts=prompts,
         engine=engine,
         evaluate=evaluate,
@@ -168,8 +171,10 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
 
     def save(step: int) -> Path:
         state = TrainerState(step=step, seed=settings.seed, prompts_digest=parts.prompts.digest, config=config)
-        extra = extra_state(parts.held)
-        return parts.store.save(loaded.model, loaded.tokenizer, optimizer.state_tensors(), state, extra)
+        tensors, extra = optimizer.state_tensors(), extra_state(parts.held)
+        return parts.store.save(
+            loaded.model, loaded.tokenizer, tensors, state, extra, **adapted(loaded.model, parts.adapter)
+        )
 
     loggers = open_loggers(settings.loggers, settings.run_dir, config=config, first_step=first_step)
     # One that sends over a network may hang when the other side is gone.

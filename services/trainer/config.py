@@ -16,6 +16,7 @@ from opd.tracing import TracingSettings
 from opd.types import Encoding
 from services.trainer.alarms.config import AlarmSettings
 from services.trainer.loggers.config import LoggerSettings
+from services.trainer.lora_config import LoraSettings, check_lora
 from services.trainer.metrics_config import MetricsSettings
 from services.trainer.objective_checks import check_objective, with_group_size
 from services.trainer.objectives.config import ObjectiveConfig, ObjectiveKind
@@ -65,6 +66,8 @@ class StudentSettings(Settings):
     """Padded tokens of one forward and backward pass; the step's result does not depend on it."""
     row_chunk: PositiveInt = 256
     """Response positions whose logits over the whole vocabulary exist at a time."""
+    lora: LoraSettings | None = None
+    """Trains low-rank adapters instead of the weights, as `[student.lora]`; unset trains all weights."""
 
 
 class TeacherSettings(HeldTeacherSettings):
@@ -296,6 +299,7 @@ class TrainSettings(Settings):
         self._check_teachers()
         self._check_context()
         check_objective(self)
+        check_lora(self)
         if self.steps is not None and self.optim.warmup_steps > self.steps:
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps} is above steps={self.steps}, so the learning rate would "

@@ -20,6 +20,7 @@ from opd.tracing import configure_tracing
 from services.trainer.alarms.desk import StoppedByAlarm
 from services.trainer.config import TrainSettings
 from services.trainer.loggers.config import require_packages
+from services.trainer.lora_config import require_peft
 from services.trainer.stop import StopRequested, StopSignal
 
 _log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ def run_training(config_path: Path | None, overrides: Sequence[str], *, resume: 
 def _run(settings: TrainSettings, stop: StopSignal, *, resume: bool) -> int:
     try:
         require_packages(settings.loggers)
+        require_peft(settings.student.lora)
         from services.trainer.assembly import assemble
 
         with stop.interruptible():
