@@ -32,9 +32,9 @@ from services.trainer.horizon import Horizon
 from services.trainer.http_api import RunStatus, StatusServer
 from services.trainer.loggers.build import open_loggers
 from services.trainer.loggers.contract import Loggers
-from services.trainer.loop import LoopSettings, Scorer, TrainingLoop
-from services.trainer.loss import DistillLoss
+from services.trainer.loop import LoopSettings, TrainingLoop
 from services.trainer.lora import Adapter
+from services.trainer.loss import DistillLoss
 from services.trainer.models import LoadedModel
 from services.trainer.objectives.config import ObjectiveKind
 from services.trainer.objectives.dispatch import build_objective
@@ -47,12 +47,13 @@ from services.trainer.rollout.base import SamplingParams
 from services.trainer.rollout.transformers_engine import TransformersEngine
 from services.trainer.run_log import RunLog
 from services.trainer.step_metrics import StepMetrics
+from services.trainer.step_rollouts import Scorer
 from services.trainer.stop import StopSignal
 from services.trainer.student import Student, StudentOptimizer
+from services.trainer.student_start import adapted, open_student
 from services.trainer.teacher_head import TeacherHead
 from services.trainer.teacher_links import TeacherLink, build_router, connect_teachers
 from services.trainer.teachers import NoTeachers, TeacherRouter
-from services.trainer.student_start import adapted, open_student
 from services.trainer.training_run import TrainingRun, close_within
 from services.trainer.weights import SharedWeights
 
@@ -322,6 +323,9 @@ def _loop_settings(settings: TrainSettings, num_steps: int) -> LoopSettings:
         aggregation=settings.objective.aggregation,
         has_entropy_bonus=settings.objective.entropy_bonus > 0,
         drops_unscored=settings.teacher.on_score_failure is OnScoreFailure.DROP,
+        mode=settings.pipeline.mode,
+        max_policy_lag=settings.pipeline.max_policy_lag,
+        deterministic=settings.deterministic,
     )
 
 

@@ -226,11 +226,11 @@ class StudentOptimizer:
     def zero_grad(self) -> None:
         self._adamw.zero_grad(set_to_none=True)
 
-    def scale(self, factor: float) -> None:
-        """Multiplies the gradient, which is a sum until it is divided by what it is over."""
+    def divide_gradient(self, total: int) -> None:
+        """Makes the sum over a step the mean over `total`."""
         for _, parameter in self._named:
             if parameter.grad is not None:
-                parameter.grad.mul_(factor)
+                parameter.grad.div_(total)
 
     def clip(self) -> float:
         """Scales the gradient to at most `max_grad_norm`; returns its norm before that, finite or not."""

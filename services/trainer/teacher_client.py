@@ -184,12 +184,16 @@ class TeacherClient:
             )
         )
 
-    def accept(self, rollout: Rollout, reply: ScoreReply) -> Scores:
-        """The scores of a reply that fits; `InternalError` for another shape, `NonFiniteError` for NaN or infinity."""
-        if reply.teacher_fingerprint != self.info.fingerprint:
+    def accept(self, rollout: Rollout, reply: ScoreReply, fingerprint: str | None = None) -> Scores:
+        """The scores of a reply that fits; `InternalError` for another shape, `NonFiniteError` for NaN or infinity.
+
+        `fingerprint` is what was pinned when the rollout was sent, where that may be another by now.
+        """
+        pinned = self.info.fingerprint if fingerprint is None else fingerprint
+        if reply.teacher_fingerprint != pinned:
             raise InternalError(
                 f"rollout {rollout.rollout_id}: scored by teacher {reply.teacher_fingerprint} and not by the pinned "
-                f"{self.info.fingerprint}"
+                f"{pinned}"
             )
         num_positions, num_candidates = rollout.topk_token_ids.shape
         scores, asked = reply.scores, self._asked(self.info)

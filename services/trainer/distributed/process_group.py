@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from opd.errors import ConfigError, RankLostError
+from opd.errors import ConfigError, OpdError, RankLostError
 from services.trainer.distributed.ranks import Alone, Ranks
 from services.trainer.distributed.watch import RankWatch, store_connection
 
@@ -63,6 +63,7 @@ class TorchRanks:
         self.mesh = mesh
         """One dimension, over all ranks."""
         self._watch = watch
+        self._has_left = False
 
     def total(self, value: int) -> int:
         return self._reduced(value, dist.ReduceOp.SUM)
@@ -76,16 +77,34 @@ class TorchRanks:
         padded = torch.full((longest,), ord(" "), dtype=torch.uint8)
         padded[: content.numel()] = content
         parts = [torch.empty_like(padded) for _ in range(self.num_ranks)]
-        with self._explained():
+        with self.in_step():
             dist.all_gather(parts, padded)
         return [json.loads(bytes(part.tolist())) for part in parts]
 
     def check(self) -> None:
-        """`RankLostError` once another rank is known to be gone."""
+        """`RankLostError` once another rank is known to be gone, or this one has left the others."""
         if self._watch.lost is not None:
             raise self._watch.lost
+        if self._has_left:
+            raise RankLostError(
+                "this rank has left the others in the middle of a step, so nothing can be done together"
+            )
 
-    def explain(self, error: RuntimeError) -> None:
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Around passes in which ranks wait for each other. Whoever leaves by an error has left for good."""
+        self.check()
+        try:
+            yield
+        except (OpdError, torch.OutOfMemoryError):
+            self._has_left = True
+            raise
+        except RuntimeError as error:
+            self._has_left = True
+            self._explain(error)
+            raise
+
+    def _explain(self, error: RuntimeError) -> None:
         """Raises `RankLostError` where a collective broke because another rank is gone; returns otherwise."""
         lost = self._watch.wait_lost(_EXPLAIN_S)
         if lost is None and "by peer" in str(error):
@@ -96,18 +115,9 @@ class TorchRanks:
 
     def _reduced(self, value: int, operation: Any) -> int:
         tensor = torch.tensor(value, dtype=torch.int64)
-        with self._explained():
+        with self.in_step():
             dist.all_reduce(tensor, op=operation)
         return int(tensor)
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        self.check()
-        try:
-            yield
-        except RuntimeError as error:
-            self.explain(error)
-            raise
 
 
 @contextmanager

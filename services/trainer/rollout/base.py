@@ -60,6 +60,8 @@ class RolloutEngine(Protocol):
 
     policy_version: int
     """The weight version stamped on every rollout; set by whoever changes the weights."""
+    samples_elsewhere: bool
+    """Whether it decodes in a process of its own, so that the caller may train in `on_finish` without holding it up."""
 
     @property
     def max_context(self) -> int:

@@ -41,6 +41,7 @@ class TransformersEngine:
         if score_top_k is not None and not 0 <= score_top_k <= num_defined_ids:
             raise ConfigError(f"score_top_k: {score_top_k} is outside 0..{num_defined_ids}, the student's token ids")
         self.policy_version = 0
+        self.samples_elsewhere = False
         self._slot_model = SlotModel(model, num_defined_ids=num_defined_ids, autocast_dtype=autocast_dtype)
         self._stop_ids = frozenset(eos_token_ids)
         self._score_top_k = score_top_k

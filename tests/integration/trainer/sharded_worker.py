@@ -15,22 +15,21 @@ from typing import Any
 import torch
 
 from opd.errors import NonFiniteError, OpdError
-from services.trainer.batch import ScoredRollout, build_batch, micro_batches
+from services.trainer.batch import micro_batches
 from services.trainer.checkpoint import Checkpoint, CheckpointStore, TrainerState
 from services.trainer.config import OptimSettings
-from services.trainer.diagnostics.means import joined
-from services.trainer.distributed.gradient_scope import gradient_scope
-from services.trainer.distributed.means import reduce_means
 from services.trainer.distributed.process_group import RankEnvironment, TorchRanks, joined_ranks
 from services.trainer.distributed.ranks import Ranks, together
 from services.trainer.distributed.saving import save_together
 from services.trainer.distributed.sharding import shard_student
 from services.trainer.distributed.share import Share
+from services.trainer.distributed.step_scope import step_scope
 from services.trainer.loss import DistillLoss
 from services.trainer.models import load_model
 from services.trainer.objectives.config import ObjectiveConfig
 from services.trainer.objectives.dispatch import build_objective
 from services.trainer.probe import read_probe
+from services.trainer.step_gradient import StepGradient
 from services.trainer.student import Student, StudentOptimizer
 
 MICRO_BATCH_TOKENS = 40
@@ -58,40 +57,26 @@ class Worker:
             self.optimizer.load_state_tensors(self.checkpoint.optimizer_tensors())
         config = ObjectiveConfig(**plan["objective"])
         self.loss = DistillLoss(self.student, build_objective(config), config)
-        self.scope = gradient_scope(ranks, self.student, reduces_each_round=plan["reduces_each_round"])
+        self.scope = step_scope(ranks, self.student, reduces_each_round=plan["reduces_each_round"])
 
     def train(self, step: int) -> dict[str, Any]:
         """One optimizer step on this rank's share of the recorded rollouts."""
         _, scored = read_probe(self.folder / f"rollouts-{step}.npz")
         share = Share(rank=self.ranks.rank, num_ranks=self.ranks.num_ranks)
         groups = share.prompts(1 + max(item.rollout.group for item in scored))
-        parts = micro_batches([item for item in scored if item.rollout.group in groups], MICRO_BATCH_TOKENS)
-        metrics = self._accumulate(parts)
-        total = self.scope.total(sum(item.num_trained_tokens for part in parts for item in part))
-        self.optimizer.scale(1.0 / total)
+        mine = [item for item in scored if item.rollout.group in groups]
+        gradient = StepGradient(
+            self.student, self.loss, self.optimizer, max_tokens=MICRO_BATCH_TOKENS, scope=self.scope
+        )
+        gradient.hold(mine)
+        means = gradient.finish()
         norm = self.optimizer.clip()
         self.optimizer.step(step)
-        means = reduce_means(self.ranks, metrics)
         return {
             "losses": {name: mean.value for name, mean in means.items()},
             "norm": norm,
-            "total": total,
-            "micro_batches": self.ranks.gather(len(parts)),
+            "micro_batches": self.ranks.gather(len(micro_batches(mine, MICRO_BATCH_TOKENS))),
         }
-
-    def _accumulate(self, parts: list[list[ScoredRollout]]) -> dict[str, Any]:
-        self.optimizer.zero_grad()
-        found = []
-        num_rounds = self.scope.num_rounds(len(parts))
-        for index in range(num_rounds):
-            with self.scope.micro_batch(is_last=index == num_rounds - 1):
-                if index >= len(parts):
-                    self.scope.idle_loss().backward()
-                    continue
-                output = self.loss(build_batch(parts[index]))
-                output.loss_sum.backward()
-                found.append(output.metrics)
-        return {name: joined(part[name] for part in found) for name in found[0]}
 
     def save(self, step: int) -> None:
         state = TrainerState(step=step, seed=0, prompts_digest="d", config={})

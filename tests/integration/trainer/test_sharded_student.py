@@ -100,7 +100,6 @@ def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
         for name, value in theirs["losses"].items():
             assert ours["losses"][name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
         assert ours["norm"] == pytest.approx(theirs["norm"], rel=1e-5)
-        assert ours["total"] == theirs["total"]
 
 
 def weights(out: Path, step: int) -> torch.Tensor:
