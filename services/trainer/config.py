@@ -15,6 +15,7 @@ from opd.settings import Seed, Settings
 from opd.tracing import TracingSettings
 from opd.types import Encoding
 from services.trainer.alarms.config import AlarmSettings
+from services.trainer.distributed.config import DistributedSettings
 from services.trainer.loggers.config import LoggerSettings
 from services.trainer.lora_config import LoraSettings, check_lora
 from services.trainer.metrics_config import MetricsSettings
@@ -279,6 +280,8 @@ class TrainSettings(Settings):
     http: HttpSettings = Field(default_factory=HttpSettings)
     tracing: TracingSettings = Field(default_factory=TracingSettings)
     """One trace per rollout."""
+    distributed: DistributedSettings = Field(default_factory=DistributedSettings)
+    """Where torchrun starts several processes."""
     run_dir: Path = Path("runs/train")
     """Everything the run writes."""
     seed: Seed = 0

@@ -19,11 +19,16 @@ class Adapted(TypedDict, total=False):
     write_beside: Callable[[Path], None]
 
 
-def open_student(settings: TrainSettings, checkpoint: Checkpoint | None) -> tuple[LoadedModel, Adapter | None]:
-    """Loads the model, with adapters where the run trains those; they go on from their base, never from a merge."""
+def open_student(
+    settings: TrainSettings, checkpoint: Checkpoint | None, *, on_host: bool = False
+) -> tuple[LoadedModel, Adapter | None]:
+    """Loads the model, with adapters where the run trains those; they go on from their base, never from a merge.
+
+    `on_host` loads it into the machine's memory, for a model that is cut into shards before it goes to a device.
+    """
     lora = settings.student.lora
     source = settings.student.model if checkpoint is None or lora is not None else str(checkpoint.folder)
-    loaded = load_model(source, device=settings.student.device)
+    loaded = load_model(source, device="cpu" if on_host else settings.student.device)
     if lora is None:
         return loaded, None
     adapter = Adapter(loaded.model, lora, base=settings.student.model)

@@ -3,6 +3,7 @@
 `math.fsum` joins them: the result does not depend on which rank saw what.
 """
 
+import math
 from collections.abc import Mapping
 
 from services.trainer.diagnostics.means import Mean, joined
@@ -19,9 +20,11 @@ def reduce_means(ranks: Ranks, means: Mapping[str, Mean]) -> dict[str, Mean]:
     }
 
 
-def reduce_counts(ranks: Ranks, counts: Mapping[str, int]) -> dict[str, int]:
-    """Sums of counts that every rank has under the same names."""
-    return {name: ranks.total(count) for name, count in sorted(counts.items())}
+def reduce_counts(ranks: Ranks, counts: Mapping[str, float]) -> dict[str, float]:
+    """Sums of counts over all ranks; one that a rank does not name is 0 there."""
+    told = ranks.gather(dict(counts))
+    names = sorted({name for of_rank in told for name in of_rank})
+    return {name: math.fsum(of_rank.get(name, 0.0) for of_rank in told) for name in names}
 
 
 def slowest(ranks: Ranks, timings_s: Mapping[str, float]) -> dict[str, float]:

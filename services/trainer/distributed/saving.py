@@ -12,6 +12,7 @@ from services.trainer.checkpoint import CheckpointStore, TrainerState
 from services.trainer.distributed.ranks import Ranks, together
 from services.trainer.distributed.sharding import is_sharded, whole_on_host, whole_weights
 from services.trainer.student import StudentOptimizer
+from services.trainer.student_start import Adapted
 
 
 def save_together(
@@ -22,12 +23,16 @@ def save_together(
     optimizer: StudentOptimizer,
     state: TrainerState,
     extra: dict[str, dict[str, Tensor]] | None = None,
-) -> Path | None:
-    """Collective; the folder on rank 0, None elsewhere. A disk that refuses is the same `CheckpointError` on all."""
+    beside: Adapted | None = None,
+) -> Path:
+    """Collective; the folder. A disk that refuses is the same `CheckpointError` on all ranks."""
     if not is_sharded(model):
-        return store.save(model, tokenizer, optimizer.state_tensors(), state, extra)
+        return store.save(model, tokenizer, optimizer.state_tensors(), state, extra, **(beside or Adapted()))
     is_writer = ranks.rank == 0
     weights = whole_weights(model, keeps=is_writer)
     tensors = whole_on_host(optimizer.state_tensors(), keeps=is_writer)
+    folder = ""
     with together(ranks):
-        return store.save(model, tokenizer, tensors, state, extra, weights) if is_writer else None
+        if is_writer:
+            folder = str(store.save(model, tokenizer, tensors, state, extra, weights))
+    return Path(ranks.gather(folder)[0])

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-TINY = ("--device=cpu", "--shape=tiny", "--prompt=16", "--response=48", "--rollouts=3", "--micro-batch=130", "--steps=1")
+TINY = (
+    "--device=cpu",
+    "--shape=tiny",
+    "--prompt=16",
+    "--response=48",
+    "--rollouts=3",
+    "--micro-batch=130",
+    "--steps=1",
+)
 
 
 def run(*arguments: str) -> dict[str, Any]:
