@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from opd.errors import ConfigError, OpdError, RankLostError
 from services.trainer.distributed.ranks import Alone, Ranks
@@ -166,7 +167,7 @@ def rank_device(device: str, environment: RankEnvironment) -> torch.device:
 
 
 def _join(
-    environment: RankEnvironment, place: torch.device, store: dist.Store, watch: RankWatch, timeout_s: float
+    environment: RankEnvironment, place: torch.device, store: Store, watch: RankWatch, timeout_s: float
 ) -> TorchRanks:
     is_cuda = place.type == "cuda"
     if is_cuda:
@@ -181,10 +182,10 @@ def _join(
     return TorchRanks(environment, init_device_mesh(place.type, (environment.num_ranks,)), watch)
 
 
-def _store(environment: RankEnvironment, timeout_s: float) -> dist.Store:
+def _store(environment: RankEnvironment, timeout_s: float) -> Store:
     """torchrun's own store, or without it one that rank 0 keeps."""
     has_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
+    store = TCPStore(
         environment.host,
         environment.port,
         environment.num_ranks,
@@ -192,7 +193,7 @@ def _store(environment: RankEnvironment, timeout_s: float) -> dist.Store:
         timeout=timedelta(seconds=timeout_s),
         wait_for_workers=False,
     )
-    return dist.PrefixStore(f"opd/{environment.attempt}", store)
+    return PrefixStore(f"opd/{environment.attempt}", store)
 
 
 def _leave_at_once() -> None:

@@ -25,8 +25,8 @@ _DECODE = "opd_decode"
 def shard_student(model: Any, mesh: DeviceMesh) -> None:
     """Cuts a Hugging Face causal LM into shards in place; every rank has loaded the same weights.
 
-    The model moves to the mesh's device. Rollouts and plain forward passes need `gathered`. `ConfigError` for a model
-    whose layers are not found.
+    Collective. The model moves to the mesh's device. Rollouts and plain forward passes need `gathered`. `ConfigError`
+    for a model whose layers are not found.
     """
     layers = _layers(model)
     reduced = torch.float32 if next(model.parameters()).dtype != torch.float64 else torch.float64
@@ -45,13 +45,17 @@ def shard_student(model: Any, mesh: DeviceMesh) -> None:
         module.set_gradient_divide_factor(1.0)
         # A factor of 1 by nccl's plain sum; what it would do with another factor does not exist in gloo.
         module.set_force_sum_reduction_for_comms(True)
+    # The first pass tells FSDP that the model is the root; one through a layer alone would make that one.
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device), use_cache=False)
+    release(model)
 
 
 def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+def sharded_modules(model: nn.Module) -> list[Any]:
     """The model first, then its layers; empty for one that is not in shards."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 

@@ -12,7 +12,7 @@ import threading
 import time
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from opd.errors import OpdError, RankLostError
 
@@ -27,7 +27,7 @@ _CLOSE_S = 5.0
 class RankWatch:
     """One thread over a connection of its own to the store. `close` when all ranks are done, or this one has failed."""
 
-    def __init__(self, store: dist.Store, *, rank: int, num_ranks: int, silence_s: float) -> None:
+    def __init__(self, store: Store, *, rank: int, num_ranks: int, silence_s: float) -> None:
         """`silence_s`: how long another rank's beat may stand still [s]; holding Python's lock that long is silence."""
         self._store = store
         self._rank = rank
@@ -110,7 +110,7 @@ class RankWatch:
             os._exit(1)
 
 
-def store_connection(host: str, port: int, prefix: str, timeout_s: float) -> dist.Store:
+def store_connection(host: str, port: int, prefix: str, timeout_s: float) -> Store:
     """A connection of one's own to the launcher's store: one that is shared would wait while another part waits."""
-    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
-    return dist.PrefixStore(prefix, store)
+    store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+    return PrefixStore(prefix, store)
