@@ -194,10 +194,7 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
             parts.ranks, parts.store, loaded.model, loaded.tokenizer, optimizer, state, extra_state(parts.held), beside
         )
 
-    wanted = settings.loggers if parts.ranks.rank == 0 else LoggerSettings()
-    loggers = open_loggers(wanted, settings.run_dir, config=config, first_step=first_step)
-    # One that sends over a network may hang when the other side is gone.
-    opened.callback(close_within, loggers.close, "loggers", limit_s=LOGGERS_CLOSE_S)
+    loggers = _loggers(parts, opened, config=config, first_step=first_step)
     return TrainingRun(
         settings,
         num_steps=num_steps,
@@ -212,6 +209,14 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
         alarms=_alarms(parts, loggers, horizon),
         loggers=loggers,
     )
+
+
+def _loggers(parts: _Parts, opened: ExitStack, *, config: dict[str, Any], first_step: int) -> Loggers:
+    wanted = parts.settings.loggers if parts.ranks.rank == 0 else LoggerSettings()
+    loggers = open_loggers(wanted, parts.settings.run_dir, config=config, first_step=first_step)
+    # One that sends over a network may hang when the other side is gone.
+    opened.callback(close_within, loggers.close, "loggers", limit_s=LOGGERS_CLOSE_S)
+    return loggers
 
 
 def _alarms(parts: _Parts, loggers: Loggers, horizon: Horizon | None) -> AlarmDesk:
