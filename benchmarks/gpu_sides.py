@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from benchmarks.random_model import QWEN3_1_7B, QWEN3_4B, TEACHER, Load, Shape, build_model
+from benchmarks.random_model import QWEN3_1_7B, QWEN3_4B, TEACHER, Load, Shape, build_model, decoder_flops_per_token
 from opd.types import ScoreRequest, Scores
 from opd.vocabulary import Vocabulary
 from services.teacher_server.engines.passes import pad_right, plan_rectangles
@@ -113,10 +113,6 @@ def _loaded(shape: Shape, device: torch.device) -> LoadedModel:
 
 def _flops_per_token(shape: Shape, num_prompt: int, num_response: int) -> float:
     """Two for each weight a token meets, plus causal attention; the head is met by response tokens alone."""
-    attention_size = shape.heads * shape.head_dim
-    projections = shape.hidden * (2 * attention_size + 2 * shape.key_value_heads * shape.head_dim)
-    layer = 2 * (projections + 3 * shape.hidden * shape.intermediate)
     num_tokens = num_prompt + num_response
-    attention = 4 * attention_size * num_tokens / 2
     head = 2 * shape.hidden * shape.vocabulary * num_response / num_tokens
-    return shape.layers * (layer + attention) + head
+    return decoder_flops_per_token(shape, num_tokens) + head

@@ -35,6 +35,14 @@ QWEN3_4B = Shape(
 )  # fmt: skip
 
 
+def decoder_flops_per_token(shape: Shape, num_tokens: int) -> float:
+    """Of the layers' forward pass over sequences of so many tokens: two for each weight, plus causal attention."""
+    attention_size = shape.heads * shape.head_dim
+    projections = shape.hidden * (2 * attention_size + 2 * shape.key_value_heads * shape.head_dim)
+    layer = 2 * (projections + 3 * shape.hidden * shape.intermediate)
+    return shape.layers * (layer + 4 * attention_size * num_tokens / 2)
+
+
 def build_model(shape: Shape, dtype: str = "float32") -> Any:
     """A `Qwen3ForCausalLM` with tied embeddings; seeded."""
     import torch

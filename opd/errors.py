@@ -132,6 +132,12 @@ class CheckpointError(OpdError, OSError):
     code = "checkpoint"
 
 
+class RankLostError(OpdError, ConnectionError):
+    """Another process of a run over several GPUs has ended or no longer answers."""
+
+    code = "rank_lost"
+
+
 def _subclasses(cls: type[OpdError]) -> list[type[OpdError]]:
     return [found for child in cls.__subclasses__() for found in (child, *_subclasses(child))]
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from opd.client import SyncScoreClient
@@ -27,16 +26,25 @@ from services.trainer.checkpoint import Checkpoint, CheckpointStore, TrainerStat
 from services.trainer.config import ONLY_TEACHER, OnScoreFailure, TrainSettings
 from services.trainer.console import RunConsole
 from services.trainer.continuity import begin_anew, check_continuity, public_config, restore, starting_point
+from services.trainer.distributed.first_rank import evaluated_once, run_console, run_log
+from services.trainer.distributed.process_group import TorchRanks
+from services.trainer.distributed.ranks import Alone, Ranks, together
+from services.trainer.distributed.saving import save_together
+from services.trainer.distributed.sharding import gathered, shard_student
+from services.trainer.distributed.step_scope import step_scope
 from services.trainer.evaluator import Evaluator
 from services.trainer.horizon import Horizon
 from services.trainer.http_api import RunStatus, StatusServer
 from services.trainer.loggers.build import open_loggers
+from services.trainer.loggers.config import LoggerSettings
 from services.trainer.loggers.contract import Loggers
 from services.trainer.loop import LoopSettings, TrainingLoop
+from services.trainer.lora import Adapter
 from services.trainer.loss import DistillLoss
-from services.trainer.models import LoadedModel, load_model
+from services.trainer.models import LoadedModel
 from services.trainer.objectives.config import ObjectiveKind
 from services.trainer.objectives.dispatch import build_objective
+from services.trainer.pipeline import PipelineMode
 from services.trainer.probe import PROBE_FILE, GradientProbe
 from services.trainer.prompt_files import PreparedPrompts, prepare_prompts
 from services.trainer.recipes.self_distillation.held import extra_state, followed, held_teacher
@@ -49,6 +57,7 @@ from services.trainer.step_metrics import StepMetrics
 from services.trainer.step_rollouts import Scorer
 from services.trainer.stop import StopSignal
 from services.trainer.student import Student, StudentOptimizer
+from services.trainer.student_start import adapted, open_student
 from services.trainer.teacher_head import TeacherHead
 from services.trainer.teacher_links import TeacherLink, build_router, connect_teachers
 from services.trainer.teachers import NoTeachers, TeacherRouter
@@ -73,48 +82,54 @@ class _Parts:
     store: CheckpointStore
     checkpoint: Checkpoint | None
     loaded: LoadedModel
+    adapter: Adapter | None
     prompts: PreparedPrompts
     engine: TransformersEngine
     evaluate: Callable[[int], dict[str, float]] | None
+    ranks: Ranks
     held: LocalTeacher | None
     teachers: Scorer
     teacher_head: TeacherHead | None
 
 
-def assemble(settings: TrainSettings, stop: StopSignal, *, resume: bool) -> TrainingRun:
+def assemble(settings: TrainSettings, stop: StopSignal, ranks: Ranks | None = None, *, resume: bool) -> TrainingRun:
     """A run that is ready to train; an `OpdError` or a signal here leaves nothing open."""
     require_horizon(settings.alarms, settings.objective.horizon)
     with ExitStack() as opened:
-        run = _wire(_prepare(settings, stop, opened, resume=resume), opened)
+        run = _wire(_prepare(settings, stop, ranks or Alone(), opened, resume=resume), opened)
         run.own(opened.pop_all())
     return run
 
 
-def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, resume: bool) -> _Parts:
+def _prepare(settings: TrainSettings, stop: StopSignal, ranks: Ranks, opened: ExitStack, *, resume: bool) -> _Parts:
     transformers_logging.disable_progress_bar()
     _make_deterministic(settings)
     if settings.student.threads is not None:
         torch.set_num_threads(settings.student.threads)
-    status, console = RunStatus(), RunConsole(Console(stderr=True))
-    log = RunLog(settings.run_dir)
+    status, console = RunStatus(), run_console(ranks)
+    log = run_log(ranks, settings.run_dir)
     store = CheckpointStore(settings.run_dir / CHECKPOINTS, keep_last=settings.checkpoint.keep_last)
-    checkpoint = starting_point(log, store, resume=resume)
-    _serve_status(settings, status, opened)
-    links = connect_teachers(settings, opened) if settings.objective.uses_teacher else {}
-    source = str(checkpoint.folder) if checkpoint else settings.student.model
-    loaded = load_model(source, device=settings.student.device)
-    prompts = prepare_prompts(settings, loaded.tokenizer)
-    if checkpoint is not None:
-        check_continuity(checkpoint, prompts, settings)
-    engine = _engine(settings, loaded, score_top_k=settings.objective.score_top_k)
-    _check_context(settings, engine.max_context)
-    held = held_teacher(settings, loaded, checkpoint) if settings.objective.uses_teacher else None
-    if held is not None:
-        links = {ONLY_TEACHER: TeacherLink(settings=settings.teacher, client=held)}
-    # Teachers may be long in coming, so they are met last.
-    evaluate = _evaluator(settings, loaded, log)
-    status.enter("waiting")
-    teachers, teacher_head = _meet_teachers(settings, links, loaded, prompts, console)
+    with together(ranks), stop.interruptible():
+        checkpoint = starting_point(log, store, resume=resume)
+        if ranks.rank == 0:
+            _serve_status(settings, status, opened)
+        links = connect_teachers(settings, opened) if settings.objective.uses_teacher else {}
+        loaded, adapter = open_student(settings, checkpoint, on_host=ranks.num_ranks > 1)
+        prompts = prepare_prompts(settings, loaded.tokenizer)
+        if checkpoint is not None:
+            check_continuity(checkpoint, prompts, settings)
+    if isinstance(ranks, TorchRanks):
+        shard_student(loaded.model, ranks.mesh)
+    with gathered(loaded.model), together(ranks), stop.interruptible():
+        engine = _engine(settings, loaded, score_top_k=settings.objective.score_top_k)
+        _check_context(settings, engine.max_context)
+        held = held_teacher(settings, loaded, checkpoint) if settings.objective.uses_teacher else None
+        if held is not None:
+            links = {ONLY_TEACHER: TeacherLink(settings=settings.teacher, client=held)}
+        # Teachers may be long in coming, so they are met last.
+        evaluate = evaluated_once(ranks, loaded.model, _evaluator(settings, loaded, log))
+        status.enter("waiting")
+        teachers, teacher_head = _meet_teachers(settings, links, loaded, prompts, console)
     return _Parts(
         settings=settings,
         resume=resume,
@@ -125,9 +140,11 @@ def _prepare(settings: TrainSettings, stop: StopSignal, opened: ExitStack, *, re
         store=store,
         checkpoint=checkpoint,
         loaded=loaded,
+        adapter=adapter,
         prompts=prompts,
         engine=engine,
         evaluate=evaluate,
+        ranks=ranks,
         held=held,
         teachers=teachers,
         teacher_head=teacher_head,
@@ -150,12 +167,14 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
         restore(parts.checkpoint, optimizer, log, settings)
     elif parts.resume and log.has_run():
         begin_anew(log)
+    # What is read of the run from here on is what rank 0 has left of it.
+    parts.ranks.gather(None)
     loss = DistillLoss(student, build_objective(settings.objective), settings.objective, parts.teacher_head)
     first_step = parts.checkpoint.state.step if parts.checkpoint else 0
     horizon = _horizon(settings, log)
     num_steps = settings.steps or parts.prompts.schedule.num_steps
     loop = TrainingLoop(
-        _loop_settings(settings, num_steps),
+        _loop_settings(settings, num_steps, parts.ranks),
         prompts=parts.prompts.schedule,
         engine=parts.engine,
         teachers=parts.teachers,
@@ -167,16 +186,17 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
         horizon=horizon,
         first_step=first_step,
         interruptible=parts.stop.interruptible,
+        scope=step_scope(parts.ranks, student, reduces_each_round=settings.distributed.reduces_each_round),
     )
 
     def save(step: int) -> Path:
         state = TrainerState(step=step, seed=settings.seed, prompts_digest=parts.prompts.digest, config=config)
-        extra = extra_state(parts.held)
-        return parts.store.save(loaded.model, loaded.tokenizer, optimizer.state_tensors(), state, extra)
+        beside = adapted(loaded.model, parts.adapter)
+        return save_together(
+            parts.ranks, parts.store, loaded.model, loaded.tokenizer, optimizer, state, extra_state(parts.held), beside
+        )
 
-    loggers = open_loggers(settings.loggers, settings.run_dir, config=config, first_step=first_step)
-    # One that sends over a network may hang when the other side is gone.
-    opened.callback(close_within, loggers.close, "loggers", limit_s=LOGGERS_CLOSE_S)
+    loggers = _loggers(parts, opened, config=config, first_step=first_step)
     return TrainingRun(
         settings,
         num_steps=num_steps,
@@ -191,6 +211,14 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
         alarms=_alarms(parts, loggers, horizon),
         loggers=loggers,
     )
+
+
+def _loggers(parts: _Parts, opened: ExitStack, *, config: dict[str, Any], first_step: int) -> Loggers:
+    wanted = parts.settings.loggers if parts.ranks.rank == 0 else LoggerSettings()
+    loggers = open_loggers(wanted, parts.settings.run_dir, config=config, first_step=first_step)
+    # One that sends over a network may hang when the other side is gone.
+    opened.callback(close_within, loggers.close, "loggers", limit_s=LOGGERS_CLOSE_S)
+    return loggers
 
 
 def _alarms(parts: _Parts, loggers: Loggers, horizon: Horizon | None) -> AlarmDesk:
@@ -216,7 +244,8 @@ def _step_metrics(parts: _Parts, student: Student, loss: DistillLoss) -> StepMet
         loss_of,
         student.model.parameters(),
         objective=settings.objective,
-        every_steps=settings.metrics.coherence_every_steps,
+        # A gradient of one rollout alone does not exist where weights are in shards.
+        every_steps=settings.metrics.coherence_every_steps if parts.ranks.num_ranks == 1 else 0,
         num_rollouts=settings.metrics.coherence_rollouts,
         path=settings.run_dir / PROBE_FILE,
     )
@@ -226,6 +255,7 @@ def _step_metrics(parts: _Parts, student: Student, loss: DistillLoss) -> StepMet
         fraction=settings.metrics.fraction,
         seed=settings.seed,
         probe=probe.measure,
+        ranks=parts.ranks,
     )
 
 
@@ -301,10 +331,11 @@ def _check_context(settings: TrainSettings, max_context: int) -> None:
         )
 
 
-def _loop_settings(settings: TrainSettings, num_steps: int) -> LoopSettings:
+def _loop_settings(settings: TrainSettings, num_steps: int, ranks: Ranks) -> LoopSettings:
     rollout = settings.rollout
     # A step that is taken again after a resume must not be answered with replies to its first attempt.
     run = f"{re.sub(r'[^a-z0-9-]+', '-', settings.run_dir.name.lower())[:32]}-{secrets.token_hex(4)}"
+    run = ranks.gather(run)[0]
     return LoopSettings(
         run=run,
         num_steps=num_steps,
@@ -321,7 +352,8 @@ def _loop_settings(settings: TrainSettings, num_steps: int) -> LoopSettings:
         aggregation=settings.objective.aggregation,
         has_entropy_bonus=settings.objective.entropy_bonus > 0,
         drops_unscored=settings.teacher.on_score_failure is OnScoreFailure.DROP,
-        mode=settings.pipeline.mode,
+        # Ranks train in lock-step, so not before the last of them has its scores.
+        mode=settings.pipeline.mode if ranks.num_ranks == 1 else PipelineMode.SEQUENTIAL,
         max_policy_lag=settings.pipeline.max_policy_lag,
         deterministic=settings.deterministic,
     )

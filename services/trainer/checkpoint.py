@@ -111,17 +111,24 @@ class CheckpointStore:
         optimizer_tensors: dict[str, Tensor],
         state: TrainerState,
         extra: Mapping[str, dict[str, Tensor]] | None = None,
+        weights: dict[str, Tensor] | None = None,
+        write_beside: Callable[[Path], None] | None = None,
     ) -> Path:
         """Writes one and then lets go of the oldest beyond `keep_last`; returns its folder.
 
-        `extra` holds tensors by name beside the student's, see `Checkpoint.extra_tensors`.
+        `extra` holds tensors by name beside the student's, see `Checkpoint.extra_tensors`; `weights` are written
+        instead of the model's own where those are in shards or have adapters. `write_beside` adds to the folder.
         """
         target = self._folder / f"{_PREFIX}{state.step:06d}"
         partial = self._folder / f"{_PARTIAL}{target.name}"
         try:
             for left_over in self._folder.glob(f"{_PARTIAL}*"):
                 shutil.rmtree(left_over, ignore_errors=True)
-            _write(partial, model, tokenizer, {_OPTIMIZER_FILE: optimizer_tensors} | _extra_files(extra), state)
+            files = {_OPTIMIZER_FILE: optimizer_tensors} | _extra_files(extra)
+            (partial / _STATE_FILE).parent.mkdir(parents=True)
+            if write_beside is not None:
+                write_beside(partial)
+            _write(partial, model, tokenizer, files, state, weights)
             _replace(partial, target)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -170,10 +177,14 @@ def restore_random_state(tensors: dict[str, Tensor]) -> None:
 
 
 def _write(
-    partial: Path, model: Any, tokenizer: Any, files: Mapping[str, dict[str, Tensor]], state: TrainerState
+    partial: Path,
+    model: Any,
+    tokenizer: Any,
+    files: Mapping[str, dict[str, Tensor]],
+    state: TrainerState,
+    weights: dict[str, Tensor] | None,
 ) -> None:
-    (partial / _STATE_FILE).parent.mkdir(parents=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, state_dict=weights)
     _save_tokenizer(tokenizer, partial)
     for file, tensors in files.items():
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial / file)

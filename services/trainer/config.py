@@ -15,7 +15,9 @@ from opd.settings import Seed, Settings
 from opd.tracing import TracingSettings
 from opd.types import Encoding
 from services.trainer.alarms.config import AlarmSettings
+from services.trainer.distributed.config import DistributedSettings
 from services.trainer.loggers.config import LoggerSettings
+from services.trainer.lora_config import LoraSettings, check_lora
 from services.trainer.metrics_config import MetricsSettings
 from services.trainer.objective_checks import check_objective, with_group_size
 from services.trainer.objectives.config import ObjectiveConfig, ObjectiveKind
@@ -68,6 +70,8 @@ class StudentSettings(Settings):
     """Response positions whose logits over the whole vocabulary exist at a time."""
     threads: PositiveInt | None = None
     """CPU threads that compute; unset has `OMP_NUM_THREADS`, or else the machine, decide."""
+    lora: LoraSettings | None = None
+    """Trains low-rank adapters instead of the weights, as `[student.lora]`; unset trains all weights."""
 
 
 class TeacherSettings(HeldTeacherSettings):
@@ -281,6 +285,8 @@ class TrainSettings(Settings):
     http: HttpSettings = Field(default_factory=HttpSettings)
     tracing: TracingSettings = Field(default_factory=TracingSettings)
     """One trace per rollout."""
+    distributed: DistributedSettings = Field(default_factory=DistributedSettings)
+    """Where torchrun starts several processes."""
     run_dir: Path = Path("runs/train")
     """Everything the run writes."""
     seed: Seed = 0
@@ -303,6 +309,7 @@ class TrainSettings(Settings):
         self._check_teachers()
         self._check_context()
         check_objective(self)
+        check_lora(self)
         check_pipeline(self.pipeline, staleness_cap=self.objective.staleness_cap, deterministic=self.deterministic)
         if self.steps is not None and self.optim.warmup_steps > self.steps:
             raise ValueError(

@@ -22,6 +22,7 @@ from opd.errors import ConfigError, InternalError, NonFiniteError, OpdError
 from opd.types import Rollout, rollout_id
 from services.trainer.batch import ScoredRollout
 from services.trainer.diagnostics.means import Mean
+from services.trainer.distributed.step_scope import LocalStep, StepScope
 from services.trainer.horizon import Horizon
 from services.trainer.loss import DistillLoss
 from services.trainer.objectives.config import Aggregation
@@ -101,8 +102,9 @@ class TrainingLoop:
         horizon: Horizon | None = None,
         first_step: int = 0,
         interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
+        scope: StepScope | None = None,
     ) -> None:
-        """`reward` grades rollouts where the objective learns from outcomes."""
+        """`reward` grades rollouts where the objective learns from outcomes; `scope` tells of other ranks."""
         self.step = first_step
         self.is_updating = False
         self._settings = settings
@@ -116,6 +118,7 @@ class TrainingLoop:
         self._reward = reward
         self._horizon = horizon
         self._interruptible = interruptible
+        self._scope = scope or LocalStep()
         self._completed = Counts()
         self._ahead: deque[StepRollouts] = deque()
         """Steps that are sampled and not trained, the one to be trained next first."""
@@ -135,13 +138,13 @@ class TrainingLoop:
         """One step. An error says which it was; the weights are then those of the last one, unless it `is_updating`."""
         clock = StepClock()
         try:
-            with self._interruptible():
+            with self._scope.sampling(self._interruptible):
                 gradient = self._new_gradient()
                 self._sample_ahead(gradient, clock)
                 current = self._ahead[0]
                 self._train(current, gradient, clock)
-                with clock.part("forward_backward"):
-                    losses = gradient.finish() | current.outcomes()
+            with self._scope.finishing(self._interruptible), clock.part("forward_backward"):
+                losses = gradient.finish() | self._scope.means(current.outcomes())
             with clock.part("optimizer"):
                 grad_norm = self._clip()
         except OpdError as error:
@@ -182,6 +185,7 @@ class TrainingLoop:
             self._prompts.step_prompts(step),
             self._teachers,
             rollouts_per_prompt=settings.rollouts_per_prompt,
+            share=self._scope.share,
             reward=self._reward,
             drops_unscored=settings.drops_unscored,
             in_order=settings.deterministic,
@@ -256,6 +260,7 @@ class TrainingLoop:
             self._optimizer,
             max_tokens=self._settings.max_micro_batch_tokens,
             aggregation=self._settings.aggregation,
+            scope=self._scope,
         )
 
     def _requests(self, step: int, prompts: Sequence[StepPrompt]) -> list[RolloutRequest]:
@@ -272,7 +277,7 @@ class TrainingLoop:
                 prompt_token_ids=prompts[index // per_prompt].prompt_token_ids,
                 seed=derive_seed(self._settings.seed, step, index),
             )
-            for index in range(len(prompts) * per_prompt)
+            for index in self._scope.share.rollouts(len(prompts), per_prompt)
         ]
 
     def _clip(self) -> float:

@@ -20,7 +20,9 @@ from opd.settings import load_settings
 from opd.tracing import configure_tracing
 from services.trainer.alarms.desk import StoppedByAlarm
 from services.trainer.config import TrainSettings
+from services.trainer.distributed.config import check_ranks
 from services.trainer.loggers.config import require_packages
+from services.trainer.lora_config import require_peft
 from services.trainer.stop import StopRequested, StopSignal
 
 _log = logging.getLogger(__name__)
@@ -51,29 +53,43 @@ def run_training(config_path: Path | None, overrides: Sequence[str], *, resume: 
 
 
 def _run(settings: TrainSettings, stop: StopSignal, *, resume: bool) -> int:
+    begun = False
     try:
         require_packages(settings.loggers)
-        from services.trainer.assembly import assemble
+        require_peft(settings.student.lora)
+        from services.trainer.distributed.process_group import RankEnvironment, joined_ranks
 
-        with stop.interruptible():
-            run = assemble(settings, stop, resume=resume)
+        limits = settings.distributed
+        with joined_ranks(
+            RankEnvironment.read(),
+            device=settings.student.device,
+            timeout_s=limits.collective_timeout_s,
+            silence_s=limits.silence_s,
+        ) as ranks:
+            check_ranks(settings, ranks.num_ranks)
+            from services.trainer.assembly import assemble
+
+            try:
+                run = assemble(settings, stop, ranks, resume=resume)
+                begun = True
+                # Closed before an error is told, so that the last line is the reason.
+                with closing(run):
+                    run.train()
+            except (StopRequested, StoppedByAlarm) as request:
+                # Asked for, and the same on all ranks: they part in order.
+                return _stopped(request, begun=begun)
     except OpdError as error:
         # Whoever starts runs again, such as a Kubernetes Job, goes by the code.
-        return _refuse(error, FAILED if error.retryable else REFUSED)
-    except StopRequested as request:
-        _log.info("stopped by %s before the first step", request.signal_name)
-        return request.exit_code
-    try:
-        # Closed before an error is told, so that the last line is the reason.
-        with closing(run):
-            run.train()
-    except OpdError as error:
-        return _refuse(error, FAILED)
-    except StopRequested as request:
-        return request.exit_code
-    except StoppedByAlarm:
-        return ALARMED
+        return _refuse(error, FAILED if begun or error.retryable else REFUSED)
     return 0
+
+
+def _stopped(request: StopRequested | StoppedByAlarm, *, begun: bool) -> int:
+    if isinstance(request, StoppedByAlarm):
+        return ALARMED
+    if not begun:
+        _log.info("stopped by %s before the first step", request.signal_name)
+    return request.exit_code
 
 
 def _refuse(error: OpdError, code: int) -> int:

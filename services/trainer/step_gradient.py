@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from services.trainer.batch import ScoredRollout, build_batch, micro_batches
 from services.trainer.diagnostics.means import Mean, joined
+from services.trainer.distributed.step_scope import LocalStep, StepScope
 from services.trainer.loss import DistillLoss
 from services.trainer.objectives.aggregation import denominator
 from services.trainer.objectives.config import Aggregation
@@ -27,14 +28,16 @@ class StepGradient:
         *,
         max_tokens: int,
         aggregation: Aggregation = Aggregation.TOKEN_MEAN,
+        scope: StepScope | None = None,
     ) -> None:
-        """`max_tokens` is the most of one forward and backward pass."""
+        """`max_tokens` is the most of one forward and backward pass; `scope` tells of other ranks."""
         self.trained: list[ScoredRollout] = []
         self._student = student
         self._loss = loss
         self._optimizer = optimizer
         self._max_tokens = max_tokens
         self._aggregation = aggregation
+        self._scope = scope or LocalStep()
         self._waiting: list[ScoredRollout] = []
         self._metrics: list[dict[str, Mean]] = []
         optimizer.zero_grad()
@@ -58,18 +61,27 @@ class StepGradient:
     def train_rest(self) -> None:
         """Trains what waits, full or not."""
         waiting, self._waiting = self._waiting, []
-        for part in micro_batches(waiting, self._max_tokens):
-            output = self._loss(build_batch(part, self._student.device))
-            # The loss has been found finite by now, so a bad part never reaches the gradient.
-            output.loss_sum.backward()
-            self._metrics.append(output.metrics)
-            self.trained += part
+        parts = micro_batches(waiting, self._max_tokens)
+        num_rounds = self._scope.num_rounds(len(parts))
+        for number in range(num_rounds):
+            with self._scope.micro_batch(is_last=number == num_rounds - 1):
+                if number < len(parts):
+                    self._train(parts[number])
+                else:
+                    self._scope.idle_loss().backward()
 
     def finish(self) -> dict[str, Mean]:
         """Divides by what was trained; the losses as means. `NonFiniteError` where nothing was."""
         self.train_rest()
-        require_some(len(self.trained))
-        self._optimizer.divide_gradient(
-            denominator(self._aggregation, [item.num_trained_tokens for item in self.trained])
-        )
-        return {name: joined(part[name] for part in self._metrics) for name in self._metrics[0]}
+        require_some(self._scope.total(len(self.trained)))
+        local = denominator(self._aggregation, [item.num_trained_tokens for item in self.trained])
+        self._optimizer.divide_gradient(self._scope.total(local))
+        names = self._metrics[0] if self._metrics else {}
+        return self._scope.means({name: joined(part[name] for part in self._metrics) for name in names})
+
+    def _train(self, part: list[ScoredRollout]) -> None:
+        output = self._loss(build_batch(part, self._student.device))
+        # The loss has been found finite by now, so a bad part never reaches the gradient.
+        output.loss_sum.backward()
+        self._metrics.append(output.metrics)
+        self.trained += part

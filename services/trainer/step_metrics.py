@@ -9,16 +9,19 @@ import dataclasses
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from services.trainer.batch import ScoredRollout
 from services.trainer.diagnostics import StepDiagnostics, StepSummary
+from services.trainer.distributed.means import reduce_counts, slowest
+from services.trainer.distributed.ranks import Alone, Ranks
 from services.trainer.evaluation.grading import grade
 from services.trainer.loop import StepRecord
 from services.trainer.objectives.config import SupportWeight
 from services.trainer.step_rollouts import StepPrompt
 from services.trainer.support_pass import measured_places
 
+TOKENS = "rollout/response_tokens"
 POLICY_LAG = "rollout/policy_lag"
 """Steps by which the weights that sampled are older than those that the step changes."""
 
@@ -34,8 +37,13 @@ class StepMetrics:
         fraction: float = 1.0,
         seed: int = 0,
         probe: Callable[[StepRecord], dict[str, float]] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """`fraction` of the rollouts, drawn by `seed` and step, are measured in full; `probe` adds its own metrics."""
+        """`fraction` of the rollouts, drawn by `seed` and step, are measured in full; `probe` adds its own metrics.
+
+        Where there are other `ranks`, `summarize` is collective, and gives all of them the metrics of all rollouts.
+        """
+        self._ranks: Ranks = ranks or Alone()
         self._weight = weight
         self._decode = decode
         self._fraction = fraction
@@ -56,10 +64,14 @@ class StepMetrics:
                 with_costly=index in in_full,
                 teacher=prompt.teacher,
             )
+        diagnostics = self._of_all_ranks(diagnostics)
+        # The losses of the record are those of all ranks.
         diagnostics.add_means(record.losses)
         summary = diagnostics.summary()
-        lags = sorted(float(record.step - 1 - item.rollout.policy_version) for item in record.scored)
-        values = summary.values | _step_values(record) | _sent_counts(record) | _teacher_counts(record)
+        local = [float(record.step - 1 - item.rollout.policy_version) for item in record.scored]
+        lags = sorted(lag for lags in self._ranks.gather(local) for lag in lags)
+        totals = reduce_counts(self._ranks, _sent_counts(record) | _teacher_counts(record) | _token_count(record))
+        values = summary.values | _step_values(record, totals[TOKENS], slowest(self._ranks, record.timings_s)) | totals
         if self._probe is not None:
             values |= self._probe(record)
         values["timing/metrics"] = time.perf_counter() - begun
@@ -68,29 +80,36 @@ class StepMetrics:
         samples = {f"{POLICY_LAG}s": lags} if any(lags) else {}
         return dataclasses.replace(summary, values=values, samples=summary.samples | samples)
 
+    def _of_all_ranks(self, local: StepDiagnostics) -> StepDiagnostics:
+        if self._ranks.num_ranks == 1:
+            return local
+        everybody = StepDiagnostics(weight=self._weight)
+        for parts in self._ranks.gather(local.parts()):
+            everybody.add_parts(parts)
+        return everybody
+
     def _grade(self, item: ScoredRollout, prompt: StepPrompt) -> bool | None:
         if self._decode is None or prompt.answer is None or not prompt.template:
             return None
         return grade(prompt.template, self._decode(item.rollout.response_token_ids.tolist()), prompt.answer)
 
 
-def _step_values(record: StepRecord) -> dict[str, float]:
-    """Optimizer, tokens, times and speed."""
-    timings = {f"timing/{name}": seconds for name, seconds in record.timings_s.items()}
-    num_tokens = sum(item.num_response_tokens for item in record.scored)
-    sampling_s = record.timings_s["rollout"]
+def _step_values(record: StepRecord, num_tokens: float, timings_s: Mapping[str, float]) -> dict[str, float]:
+    """Optimizer, times and speed."""
+    sampling_s = timings_s["rollout"]
     # With a lag the last steps sample nothing.
     speed = {"timing/rollout_tokens_per_second": num_tokens / sampling_s} if sampling_s else {}
-    return (
-        timings
-        | speed
-        | {
-            "optim/grad_norm": record.grad_norm,
-            "optim/lr": record.lr,
-            "rollout/response_tokens": float(num_tokens),
-            "timing/tokens_per_second": num_tokens / record.timings_s["step"],
-        }
-    )
+    return {
+        **{f"timing/{name}": seconds for name, seconds in timings_s.items()},
+        **speed,
+        "optim/grad_norm": record.grad_norm,
+        "optim/lr": record.lr,
+        "timing/tokens_per_second": num_tokens / timings_s["step"],
+    }
+
+
+def _token_count(record: StepRecord) -> dict[str, float]:
+    return {TOKENS: float(sum(item.num_response_tokens for item in record.scored))}
 
 
 def _sent_counts(record: StepRecord) -> dict[str, float]:

@@ -15,6 +15,7 @@ from typing import Protocol
 from opd.errors import NonFiniteError, OpdError
 from opd.types import Ids, Rollout, ScoreReply, Scores
 from services.trainer.diagnostics.means import Mean
+from services.trainer.distributed.share import Share
 from services.trainer.objectives.outcome import group_advantages
 
 _log = logging.getLogger(__name__)
@@ -100,10 +101,12 @@ class StepRollouts:
         teachers: Scorer,
         *,
         rollouts_per_prompt: int,
+        share: Share | None = None,
         reward: Reward | None = None,
         drops_unscored: bool = False,
         in_order: bool = False,
     ) -> None:
+        """`share` is whose rollouts are sampled here; all where there are no other ranks."""
         self.step = step
         """Completed steps before it is trained."""
         self.prompts = prompts
@@ -111,6 +114,7 @@ class StepRollouts:
         self.counts = Counts()
         self._teachers = teachers
         self._per_prompt = rollouts_per_prompt
+        self._num_rollouts = len((share or Share()).rollouts(len(prompts), rollouts_per_prompt))
         self._reward = reward
         self._drops_unscored = drops_unscored
         self._in_order = in_order
@@ -140,7 +144,7 @@ class StepRollouts:
     @property
     def is_exhausted(self) -> bool:
         """Whether all of the step has been sampled and taken, or counted as lost."""
-        return self.counts.sent == len(self.prompts) * self._per_prompt and not self._sent
+        return self.counts.sent == self._num_rollouts and not self._sent
 
     def judge(self) -> None:
         """Grades the groups that are whole: each advantage is by what all of its group have earned, scored or not."""

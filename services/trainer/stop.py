@@ -23,6 +23,7 @@ class StopRequested(BaseException):
     """Not an error, so nothing that handles errors catches it."""
 
     def __init__(self, number: int) -> None:
+        self.number = number
         self.signal_name = signal.Signals(number).name
         self.exit_code = _EXIT_BASE + number
         super().__init__(self.signal_name)

@@ -28,6 +28,7 @@ from opd.ops import (
 )
 from services.trainer.batch import DistillBatch
 from services.trainer.config import OptimSettings
+from services.trainer.distributed.sharding import ShardedDecoder, is_sharded, like, release, whole
 from services.trainer.forward import DocumentForward
 from services.trainer.packed_attention import recompute_contexts
 from services.trainer.packing import PackedTokens
@@ -48,8 +49,10 @@ class Student:
         row_chunk: int = 256,
         gradient_checkpointing: bool = False,
     ) -> None:
-        """`model` is a Hugging Face causal LM; `ConfigError` when its head is of a form not known here."""
+        """`model` is a Hugging Face causal LM, which may be in shards; `ConfigError` when its head is of a form not
+        known here."""
         self.model = model
+        self._decoder: Callable[..., Any] = ShardedDecoder(model) if is_sharded(model) else model.base_model
         self.num_defined_ids = num_defined_ids
         self.temperature = temperature
         self.row_chunk = row_chunk
@@ -59,7 +62,9 @@ class Student:
             options = {"use_reentrant": False, "context_fn": recompute_contexts}
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         self._check_head()
-        self._forward = DocumentForward(model, num_defined_ids=num_defined_ids)
+        self._forward = DocumentForward(
+            model, num_defined_ids=num_defined_ids, decoder=self._decoder, in_one_pass=is_sharded(model)
+        )
 
     @property
     def device(self) -> torch.device:
@@ -155,6 +160,13 @@ class Student:
                 row_chunk=self.row_chunk,
             )
 
+    def idle_loss(self) -> Tensor:
+        """Zero, from a pass that touches every weight: a rank's part in a round for which it has no micro-batch."""
+        self.model.train(self._gradient_checkpointing)
+        ids_2 = torch.zeros(2, dtype=torch.int64, device=self.device)
+        hidden_1H = self._hidden(PackedTokens(input_ids_N=ids_2, lengths=(2,), hidden_index_T=ids_2[:1]))
+        return 0.0 * support_logits(hidden_1H, output_head(self.model), ids_2[:1, None], num_defined_ids=1).sum()
+
     def _response_hidden(self, batch: DistillBatch) -> Tensor:
         """[T, H] with gradient, of the positions that predict the response."""
         # Recomputation of whole layers is tied to training mode in transformers; nothing else differs without dropout.
@@ -175,7 +187,7 @@ class Student:
         probe_BS = torch.arange(min(8, self.num_defined_ids), device=self.device)[None]
         with torch.no_grad():
             expected_TV = self.model(input_ids=probe_BS, use_cache=False).logits[0].float()
-            hidden_TH = self.model.base_model(input_ids=probe_BS, use_cache=False).last_hidden_state[0]
+            hidden_TH = self._decoder(input_ids=probe_BS, use_cache=False).last_hidden_state[0]
             found_TV = output_head(self.model).logits(hidden_TH).float()
         worst = (found_TV - expected_TV).abs().max().item()
         # NaN weights compare false and are reported by the first rollout, with its name.
@@ -231,6 +243,7 @@ class StudentOptimizer:
         """`lr_factor` is what the learning rate is multiplied with at a step counted from 0, instead of the warm-up."""
         self._settings = settings
         self._lr_factor = lr_factor or self._warmup_factor
+        release(model)
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         # Decay shrinks weights towards zero, which for a norm's gain or a bias is no simpler function.
         decayed = [(name, parameter) for name, parameter in named if parameter.dim() >= _MIN_DECAYED_DIMS]
@@ -258,7 +271,7 @@ class StudentOptimizer:
     def clip(self) -> float:
         """Scales the gradient to at most `max_grad_norm`; returns its norm before that, finite or not."""
         parameters = [parameter for _, parameter in self._named]
-        return float(nn.utils.clip_grad_norm_(parameters, self._settings.max_grad_norm))
+        return float(whole(nn.utils.clip_grad_norm_(parameters, self._settings.max_grad_norm)))
 
     def step(self, step: int) -> float:
         """Applies the gradient; returns the learning rate used at `step` (counted from 0)."""
@@ -273,7 +286,7 @@ class StudentOptimizer:
         return min(1.0, (step + 1) / warmup) if warmup else 1.0
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything AdamW remembers, by `parameter name.slot`."""
+        """Everything AdamW remembers, by `parameter name.slot`; in shards where the student is."""
         return {
             f"{name}.{slot}": value.detach()
             for name, parameter in self._named
@@ -281,7 +294,7 @@ class StudentOptimizer:
         }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over what `state_tensors` gave. `CheckpointError` when it belongs to another model."""
+        """Takes over whole tensors, as a checkpoint has them. `CheckpointError` when they belong to another model."""
         known = {name: index for index, (name, _) in enumerate(self._named)}
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
@@ -290,6 +303,8 @@ class StudentOptimizer:
                 raise CheckpointError(f"optimizer state: {name} is no parameter of this student; resume with its model")
             state.setdefault(known[name], {})[slot] = value
         self._check_shapes(state)
+        for index, slots in state.items():
+            state[index] = {slot: like(value, self._named[index][1]) for slot, value in slots.items()}
         saved = self._adamw.state_dict()
         self._adamw.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
 

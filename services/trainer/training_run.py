@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from opd.errors import CheckpointError, InternalError, NonFiniteError, OpdError
+from opd.errors import CheckpointError, InternalError, NonFiniteError, OpdError, RankLostError
 from services.trainer.alarms.desk import AlarmDesk, StoppedByAlarm
 from services.trainer.config import TrainSettings
 from services.trainer.console import RunConsole
@@ -155,7 +155,9 @@ class TrainingRun:
     def _fail(self, error: Exception) -> None:
         """Ends the run, saved where its weights are sound; what goes wrong here must not hide `error`."""
         known = error if isinstance(error, OpdError) else InternalError(f"{type(error).__name__}: {error}")
-        is_sound = not self._loop.is_updating and not isinstance(error, NonFiniteError | CheckpointError)
+        is_sound = not self._loop.is_updating and not isinstance(
+            error, NonFiniteError | CheckpointError | RankLostError
+        )
         try:
             self._log.write_event("error", code=known.code, message=known.message)
             self._end("failed", saves=is_sound)

@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,6 +116,24 @@ class StepDiagnostics:
         """Adds sums with their counts, such as the metrics of a `LossOutput`."""
         for name, mean in means.items():
             self._means[name].append(mean)
+
+    def parts(self) -> dict[str, Any]:
+        """Everything added so far as JSON, for `add_parts` in another process."""
+        means = {name: joined(found) for name, found in self._means.items()}
+        buckets = {name: joined_buckets(found) for name, found in self._buckets.items()}
+        return {
+            "means": {name: [mean.total, mean.count] for name, mean in means.items()},
+            "buckets": {name: [[mean.total, mean.count] for mean in one.means] for name, one in buckets.items()},
+            "judged": [[reward, is_correct] for reward, is_correct in self._judged],
+        }
+
+    def add_parts(self, parts: Mapping[str, Any]) -> None:
+        """Adds what another process has found on rollouts of its own; both must have the same edges."""
+        self.add_means({name: Mean(total=pair[0], count=pair[1]) for name, pair in parts["means"].items()})
+        for name, pairs in parts["buckets"].items():
+            means = tuple(Mean(total=total, count=count) for total, count in pairs)
+            self._buckets[name].append(BucketMeans(edges=self._edges, means=means))
+        self._judged += [(float(reward), bool(is_correct)) for reward, is_correct in parts["judged"]]
 
     def summary(self) -> StepSummary:
         """Everything added so far, reduced."""

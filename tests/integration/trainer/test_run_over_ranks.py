@@ -1,0 +1,128 @@
+"""A whole run under torchrun: the numbers of one process, one set of files, and one way to end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.trainer.tiny_training import tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).parents[3]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student, a teacher and prompts."""
+    folder = tmp_path_factory.mktemp("world")
+    for seed, name in ((1, "student"), (2, "teacher")):
+        tiny_model(seed).save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    rows = [{"prompt": [{"role": "user", "content": f"w{2 + i} w{5 + i}"}], "data_source": "tiny"} for i in range(12)]
+    (folder / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def command(world: Path, run_dir: Path, *more: str, ranks: int = 1) -> list[str]:
+    launcher = TORCHRUN if ranks > 1 else [sys.executable, "-m"]
+    return [
+        *launcher,
+        "services.trainer",
+        f"student.model={world / 'student'}",
+        "student.device=cpu",
+        f'data.files=["{world / "prompts.jsonl"}"]',
+        "teacher.kind=folder",
+        f"teacher.model={world / 'teacher'}",
+        f"run_dir={run_dir}",
+        "rollout.prompts_per_step=3",
+        "rollout.rollouts_per_prompt=2",
+        "rollout.max_prompt_tokens=20",
+        "rollout.max_response_tokens=16",
+        "student.max_micro_batch_tokens=40",
+        "objective.score_top_k=6",
+        "metrics.coherence_every_steps=0",
+        "optim.lr=1e-3",
+        "http.enabled=false",
+        "steps=3",
+        *more,
+    ]
+
+
+def train(world: Path, run_dir: Path, *more: str, ranks: int = 1, code: int = 0) -> str:
+    done = subprocess.run(
+        command(world, run_dir, *more, ranks=ranks), env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=110
+    )
+    assert done.returncode == code, done.stderr[-3000:]
+    return done.stderr
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(value: Any) -> list[float]:
+    """A metric as floats; an empty bucket, which is null, is a number that no metric has."""
+    return [-1e9 if item is None else float(item) for item in (value if isinstance(value, list) else [value])]
+
+
+def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert [record["step"] for record in found] == [record["step"] for record in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            if not name.startswith("tim"):
+                assert numbers(ours[name]) == pytest.approx(numbers(value), rel=1e-4, abs=1e-5), (name, theirs["step"])
+
+
+def test_the_metrics_are_those_of_one_process_and_it_goes_on_alone(world: Path, tmp_path: Path) -> None:
+    train(world, tmp_path / "alone")
+    said = train(world, tmp_path / "both", "steps=2", ranks=2)
+    assert said.count("step 2/2") == 1  # One rank speaks.
+    assert_same(metrics(tmp_path / "both"), metrics(tmp_path / "alone")[:2])
+    kinds = [json.loads(line)["event"] for line in (tmp_path / "both/events.jsonl").read_text().splitlines()]
+    assert kinds.count("start") == kinds.count("end") == kinds.count("checkpoint") == 1
+    summary = json.loads((tmp_path / "both/train_summary.json").read_text())
+    assert (summary["rollouts_sent"], summary["rollouts_scored"], summary["rollouts_lost"]) == (12, 12, 0)
+    train(world, tmp_path / "both", "--resume")
+    assert_same(metrics(tmp_path / "both"), metrics(tmp_path / "alone"))
+
+
+def test_sigterm_saves_what_is_complete(world: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    args = command(world, run_dir, "steps=100000", ranks=2)
+    with (tmp_path / "stderr").open("wb") as stderr:
+        process = subprocess.Popen(args, env=ENV, cwd=ROOT, stderr=stderr)
+    try:
+        deadline = time.monotonic() + 80
+        while not (run_dir / "metrics.jsonl").is_file() or len(metrics(run_dir)) < 2:
+            assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "stderr").read_text()[-2000:]
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(40) != 0
+    finally:
+        process.kill()
+        process.wait(10)
+    steps = [record["step"] for record in metrics(run_dir)]
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step-{steps[-1]:06d}"]
+    assert json.loads((run_dir / "train_summary.json").read_text())["state"] == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("rollout.prompts_per_step=1", "rollout.prompts_per_step=1 is below the 2 processes of the run"),
+        ("student.lora.rank=4", "student.lora: does not go with 2 processes"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(world: Path, tmp_path: Path, setting: str, reason: str) -> None:
+    said = train(world, tmp_path / "run", setting, ranks=2, code=1)
+    assert reason in said
+    assert "opd train" in said
+    assert not (tmp_path / "run/metrics.jsonl").exists()
