@@ -43,6 +43,7 @@ STATUS: dict[str, grpc.StatusCode] = {
     "queue_unavailable": grpc.StatusCode.UNAVAILABLE,
     "queue_misconfigured": grpc.StatusCode.FAILED_PRECONDITION,
     "checkpoint": grpc.StatusCode.INTERNAL,
+    "rollout_engine": grpc.StatusCode.INTERNAL,
 }
 """Every code of the error tree."""
 
