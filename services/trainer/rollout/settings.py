@@ -44,7 +44,7 @@ class VllmRolloutSettings(Settings):
     kv_cache_bytes: PositiveInt | None = None
     """Bytes of keys and values in place of that share; unset is 1 GiB where there is no GPU."""
     max_num_batched_tokens: PositiveInt | None = None
-    """Tokens of one forward pass; unset leaves it to vLLM."""
+    """Tokens of one forward pass; unset leaves it to vLLM. Without a GPU at least as many as the longest rollout."""
     enforce_eager: bool = False
     """No compilation, no CUDA graphs: ready sooner, slower."""
     tensor_parallel_size: PositiveInt = 1
@@ -61,7 +61,10 @@ def check_engine(settings: "TrainSettings") -> None:
     """Raises `ValueError` naming what the chosen engine does not do, and the way out."""
     rollout = settings.rollout
     if rollout.engine is not EngineKind.VLLM:
-        given = sorted(rollout.vllm.model_fields_set)
+        unset = VllmRolloutSettings()
+        given = [
+            name for name in VllmRolloutSettings.model_fields if getattr(rollout.vllm, name) != getattr(unset, name)
+        ]
         if given or rollout.max_drift is not None:
             name = f"rollout.vllm.{given[0]}" if given else "rollout.max_drift"
             raise ValueError(f"{name} with rollout.engine={rollout.engine} would do nothing; set rollout.engine=vllm")

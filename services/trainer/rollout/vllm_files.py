@@ -35,7 +35,7 @@ class VersionFolder:
             self.path = Path(tempfile.mkdtemp(prefix="opd-rollout-", dir=chosen))
         except OSError as error:
             raise ConfigError(
-                f"rollout.vllm.weights_folder={chosen}: {error.strerror}; give a folder that is"
+                f"rollout.vllm.weights_folder={chosen}: {error.strerror}; give a folder that can be written to"
             ) from error
 
     def write(self, model: Any, version: int, dtype: torch.dtype) -> Path:

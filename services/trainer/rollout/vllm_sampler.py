@@ -23,6 +23,7 @@ from services.trainer.rollout.vllm_files import Tensors, check_version, tensors_
 
 _LOAD_FAULTS = (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError)
 _CPU_KV_CACHE_BYTES = 1 << 30
+_CPU_BATCHED_TOKENS = 2048
 _ENVIRONMENT = {
     # The engine core runs in this process too, so that one process is all there is to end.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -182,7 +183,11 @@ def _start(options: SamplerOptions) -> Any:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     logging.getLogger("vllm").setLevel(logging.WARNING)
-    kv_cache_bytes = options.kv_cache_bytes or (None if current_platform.is_cuda() else _CPU_KV_CACHE_BYTES)
+    on_cuda = current_platform.is_cuda()
+    kv_cache_bytes = options.kv_cache_bytes or (None if on_cuda else _CPU_KV_CACHE_BYTES)
+    max_num_batched_tokens = options.max_num_batched_tokens
+    if not on_cuda:
+        max_num_batched_tokens = max(max_num_batched_tokens or _CPU_BATCHED_TOKENS, options.max_context)
     return LLMEngine.from_engine_args(
         EngineArgs(
             model=options.folder,
@@ -196,7 +201,9 @@ def _start(options: SamplerOptions) -> Any:
             logprobs_mode="processed_logprobs",
             gpu_memory_utilization=options.gpu_memory_utilization,
             kv_cache_memory_bytes=kv_cache_bytes,
-            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_num_batched_tokens=max_num_batched_tokens,
+            # A prompt in pieces has vLLM take back what a seeded request drew, which generators on a CPU refuse.
+            enable_chunked_prefill=on_cuda,
             # The rollouts of a group share their prompt's keys and values.
             enable_prefix_caching=True,
             enforce_eager=options.enforce_eager,

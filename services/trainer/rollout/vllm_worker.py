@@ -106,8 +106,12 @@ class Worker:
             width=fields["width"],
             is_stopped=lambda: self._is_stopped(call.call),
         )
+        num_finished = 0
         for sampled in found:
             self._channel.send(_finished(call.call, sampled, sampler.version))
+            num_finished += 1
+        if num_finished < len(lengths):
+            raise RolloutEngineError("rollout engine: it was stopped while it sampled")
 
     def _is_stopped(self, call: int) -> bool:
         if time.monotonic() - self._last_sign_s > _SIGN_OF_LIFE_S:

@@ -4,7 +4,7 @@ Runs in .venv-vllm (`make test-vllm`); elsewhere it is skipped, or fails with OP
 """
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from tests.unit.teacher_server.tiny_teachers import tiny_config
 
 MODELS = Path(__file__).parents[3] / "testbed/models"
 EOS, K, MAX_CONTEXT = 2, 6, 120
+NUM_IDS, NUM_HOSTILE_IDS = 512, 90
 TOLERANCE = 1e-3
 
 
@@ -60,9 +61,6 @@ class Stand:
         return VllmEngine(self.process, num_defined_ids=self.num_defined_ids, max_context=MAX_CONTEXT, score_top_k=None)
 
 
-StartStand = Callable[..., Stand]
-
-
 def open_stand(opened: ExitStack, folder: Path, model: Any, *, num_defined_ids: int) -> Stand:
     versions = VersionFolder(None)
     opened.callback(versions.close)
@@ -87,13 +85,21 @@ def open_stand(opened: ExitStack, folder: Path, model: Any, *, num_defined_ids: 
     return Stand(process=process, folder=versions, model=model, engine=engine, num_defined_ids=num_defined_ids)
 
 
-@pytest.fixture(scope="module")
-def start_stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartStand]:
+@pytest.fixture(scope="session")
+def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
+    """Over student-base; whoever changes its weights puts them back."""
     need_vllm()
     with ExitStack() as opened:
-        yield lambda model, num_defined_ids=512: open_stand(
-            opened, tmp_path_factory.mktemp("engine"), model, num_defined_ids=num_defined_ids
+        yield open_stand(
+            opened, tmp_path_factory.mktemp("engine"), bundled_model("student-base"), num_defined_ids=NUM_IDS
         )
+
+
+@pytest.fixture(scope="session")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
+    need_vllm()
+    with ExitStack() as opened:
+        yield open_stand(opened, tmp_path_factory.mktemp("engine"), hostile_model(), num_defined_ids=NUM_HOSTILE_IDS)
 
 
 @pytest.fixture
@@ -109,15 +115,15 @@ def bundled_model(name: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32).eval()
 
 
-def hostile_model() -> tuple[Any, int]:
+def hostile_model() -> Any:
     """Untied, with rows of the head that have no token and would take most of the probability; and many equal ids."""
     torch.manual_seed(0)
     # Attention kernels for CPU begin at 32 values a head.
     model = Qwen3ForCausalLM(tiny_config(head_dim=32, num_attention_heads=2, num_key_value_heads=1)).eval()
     with torch.no_grad():
-        model.lm_head.weight[90:] *= 30
+        model.lm_head.weight[NUM_HOSTILE_IDS:] *= 30
         model.lm_head.weight[40:44] = model.lm_head.weight[40]
-    return model, 90
+    return model
 
 
 def requests(count: int, *, seed: int = 0, num_ids: int = 90, length: int = 10) -> list[RolloutRequest]:

@@ -6,30 +6,9 @@ import pytest
 from opd.errors import ConfigError, InvalidRequestError, UnsupportedError
 from opd.types import FinishReason, Rollout
 from services.trainer.rollout.base import RolloutRequest, SamplingParams
-from tests.contract.rollouts.conftest import (
-    EOS,
-    MAX_CONTEXT,
-    K,
-    Stand,
-    StartStand,
-    assert_exact,
-    bundled_model,
-    hostile_model,
-    requests,
-)
+from tests.contract.rollouts.conftest import EOS, MAX_CONTEXT, K, Stand, assert_exact, requests
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
-
-@pytest.fixture(scope="module")
-def stand(start_stand: StartStand) -> Stand:
-    return start_stand(bundled_model("student-base"))
-
-
-@pytest.fixture(scope="module")
-def hostile(start_stand: StartStand) -> Stand:
-    model, num_defined_ids = hostile_model()
-    return start_stand(model, num_defined_ids)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
