@@ -3,6 +3,8 @@
 Runs in .venv-vllm (`make test-vllm`); elsewhere it is skipped, or fails with OPD_REQUIRE_VLLM=1.
 """
 
+import os
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -29,6 +31,7 @@ MODELS = Path(__file__).parents[3] / "testbed/models"
 EOS, K, MAX_CONTEXT = 2, 6, 120
 NUM_IDS, NUM_HOSTILE_IDS = 512, 90
 TOLERANCE = 1e-3
+START_S = 240.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +64,28 @@ class Stand:
         return VllmEngine(self.process, num_defined_ids=self.num_defined_ids, max_context=MAX_CONTEXT, score_top_k=None)
 
 
+def _python(folder: Path) -> Path | None:
+    """With VLLM_USE_V2_MODEL_RUNNER=1 a Python whose Triton passes for one with a CPU; see the engines' conftest."""
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1" or torch.cuda.is_available():
+        return None
+    wrapper = folder / "python"
+    wrapper.write_text(
+        f"#!{sys.executable}\n"
+        "import runpy, sys\n"
+        "from tests.contract.engines.conftest import believe_in_triton\n"
+        "believe_in_triton()\n"
+        "sys.argv = sys.argv[2:]\n"
+        "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n",
+        encoding="utf-8",
+    )
+    wrapper.chmod(0o755)
+    return wrapper
+
+
 def open_stand(opened: ExitStack, folder: Path, model: Any, *, num_defined_ids: int) -> Stand:
     versions = VersionFolder(None)
     opened.callback(versions.close)
-    process = VllmProcess(python=None, environment={}, log=folder / "engine.log", patience_s=120.0)
+    process = VllmProcess(python=_python(folder), environment={}, log=folder / "engine.log", patience_s=START_S)
     opened.callback(process.close)
     options = SamplerOptions(
         folder=str(versions.write(model, -1, torch.float32)),
@@ -76,7 +97,7 @@ def open_stand(opened: ExitStack, folder: Path, model: Any, *, num_defined_ids: 
         max_width=asked_width(K, num_defined_ids),
         gpu_memory_utilization=0.4,
         kv_cache_bytes=128 << 20,
-        max_num_batched_tokens=256,
+        max_num_batched_tokens=64,
         enforce_eager=True,
         takes_nccl=False,
     )

@@ -19,6 +19,13 @@ def test_log_probs_are_the_models_at_the_sampling_temperature(stand: Stand, temp
         assert_exact(stand, stand.model, rollout, temperature)
 
 
+def test_prompts_beyond_one_forward_pass_are_exact_too(stand: Stand) -> None:
+    """40 prompts in 16 slots, of more tokens together than a pass takes."""
+    rollouts = stand.engine.sample(requests(40, length=90), SamplingParams(max_response_tokens=20))
+    for rollout in rollouts[::5] + rollouts[-1:]:
+        assert_exact(stand, stand.model, rollout)
+
+
 def test_rows_without_a_token_are_neither_sampled_nor_counted(hostile: Stand) -> None:
     rollouts = hostile.engine.sample(requests(8), SamplingParams(max_response_tokens=40))
     for rollout in rollouts:

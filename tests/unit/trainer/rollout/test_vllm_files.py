@@ -57,9 +57,7 @@ class Huge:
 
 def test_a_folder_without_room_is_named_before_anything_is_written(tmp_path: Path) -> None:
     folder = VersionFolder(tmp_path)
-    with pytest.raises(
-        RolloutEngineError, match=r"take 4194305 MiB and .* MiB free; set rollout\.vllm\.weights_folder"
-    ):
+    with pytest.raises(RolloutEngineError, match=r"take 4194305 MiB and .* free; set rollout\.vllm\.weights_folder"):
         folder.write(Huge(), 1, torch.float32)
     assert list(folder.path.iterdir()) == []
 
