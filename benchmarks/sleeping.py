@@ -97,7 +97,7 @@ async def serving(
 ) -> AsyncIterator[TeacherScoring]:
     """A replica in this event loop, as the teacher's composition root builds it, without its listeners."""
     batcher = await _batcher_with_shares(url, config, dict(weights or {}))
-    batching, readiness = config.batching, Readiness()
+    batching, readiness, metrics = config.batching, Readiness(), TeacherMetrics()
     canary = Canary(engine)
     canary.check()
     with ThreadPoolExecutor(1, thread_name_prefix="engine") as executor:
@@ -106,12 +106,14 @@ async def serving(
             batcher,
             executor,
             readiness=readiness,
-            metrics=TeacherMetrics(),
+            metrics=metrics,
             replica=config.replica,
             linger_s=batching.linger_ms / 1000,
         )
         readiness.clear(Part.START)
-        intake = QueueIntake(config, QueueConnection(url), scoring, readiness=readiness, replica=config.replica)
+        intake = QueueIntake(
+            config, QueueConnection(url), scoring, readiness=readiness, metrics=metrics, replica=config.replica
+        )
         await intake.start()
         tasks = [asyncio.create_task(scoring.run()), asyncio.create_task(intake.run())]
         try:

@@ -24,13 +24,19 @@ _bound: ContextVar[Mapping[str, object]] = ContextVar("opd_log_fields", default=
 
 
 @contextmanager
-def bound(**fields: object) -> Iterator[None]:
-    """Adds fields to every JSON line that is logged within."""
-    token = _bound.set({**_bound.get(), **fields})
+def bound(**fields: object) -> Iterator[dict[str, object]]:
+    """Adds fields to every JSON line that is logged within; more of them may be put into what it gives."""
+    found = {**_bound.get(), **fields}
+    token = _bound.set(found)
     try:
-        yield
+        yield found
     finally:
         _bound.reset(token)
+
+
+def bound_fields() -> Mapping[str, object]:
+    """What is bound here: to be bound again by a thread that works for this task."""
+    return _bound.get()
 
 
 class JsonFormatter(logging.Formatter):

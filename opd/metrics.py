@@ -80,12 +80,19 @@ class TeacherMetrics:
             "opd_teacher_tenants_file_sound", "0 when the tenants file cannot be read.", registry=registry
         )
         self.tenants_file_sound.set(1)
+        self._info = Gauge(
+            "opd_teacher_info", "1, with what this replica serves.", ["teacher", "fingerprint"], registry=registry
+        )
         self._tenants: set[str] = set()
         self._known_tenants: frozenset[str] | None = None
 
     def render(self) -> bytes:
         """The exposition text, of type `CONTENT_TYPE`."""
         return generate_latest(self.registry)
+
+    def know_teacher(self, teacher: str, fingerprint: str) -> None:
+        """Once the model is loaded: rules tell replicas of different pools apart by it."""
+        self._info.labels(teacher, fingerprint).set(1)
 
     def know_tenants(self, names: Iterable[str]) -> None:
         """From now on only these have counters of their own; those of tenants that left are dropped."""

@@ -80,19 +80,22 @@ def is_on() -> bool:
 
 def begin(name: str, *, parent: str | None, start_s: float | None = None, **attributes: Value) -> Span:
     """A span under `parent`; None begins a trace, and an empty one is that of somebody who does not trace."""
-    if _tracer is None or parent == "":
+    # Read once: another thread may end the tracing meanwhile.
+    tracer = _tracer
+    if tracer is None or parent == "":
         return NO_SPAN
     start_ns = None if start_s is None else int(start_s * _NS)
-    span = _tracer.start_span(name, context=_context(parent), start_time=start_ns, attributes=attributes)
+    span = tracer.start_span(name, context=_context(parent), start_time=start_ns, attributes=attributes)
     found = span.get_span_context()
     return Span(span, f"00-{found.trace_id:032x}-{found.span_id:016x}-{int(found.trace_flags):02x}")
 
 
 def record(name: str, *, parent: str, start_s: float, end_s: float, **attributes: Value) -> None:
     """A span that is over; times are seconds since the epoch."""
-    if _tracer is None or not parent:
+    tracer = _tracer
+    if tracer is None or not parent:
         return
-    span = _tracer.start_span(name, context=_context(parent), start_time=int(start_s * _NS), attributes=attributes)
+    span = tracer.start_span(name, context=_context(parent), start_time=int(start_s * _NS), attributes=attributes)
     span.end(end_time=int(end_s * _NS))
 
 

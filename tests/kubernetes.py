@@ -17,11 +17,20 @@ from typing import Any
 import pytest
 import yaml
 
+from opd.settings import load_settings
+from services.teacher_server.config import TeacherConfig
+from services.teacher_server.pool import PoolConfig
+from services.trainer.config import TrainSettings
+
 ROOT = Path(__file__).parents[1]
 MANIFESTS = ROOT / "deploy" / "kubernetes"
-OVERLAYS = ("cpu-demo", "gpu", "multi-teacher", "autoscale")
+OVERLAYS = ("cpu-demo", "gpu", "multi-teacher", "autoscale", "sharded")
+WITHOUT_GPU = ("cpu-demo", "sharded")
 TOOLS = ROOT / ".kubernetes"
 KINDS_WITH_PODS = ("Deployment", "StatefulSet", "Job")
+# The oldest and the newest that the documentation names.
+VERSIONS = ("1.29", "1.37")
+SETTINGS: dict[str, Any] = {"teacher": TeacherConfig, "pool-status": PoolConfig, "trainer": TrainSettings}
 
 Object = dict[str, Any]
 
@@ -62,6 +71,18 @@ def render_text(folder: Path) -> str:
 def render(overlay: str) -> list[Object]:
     """The objects of an overlay, by its name; a copy of the caller's own."""
     return copy.deepcopy(_parsed(overlay))
+
+
+def render_with(folder: Path, overlay: str, *components: str) -> list[Object]:
+    """An overlay with components on it, as the documentation shows it; made in the folder."""
+    mine = folder / "mine"
+    mine.mkdir(exist_ok=True)
+    parts = ", ".join(relative(MANIFESTS / "components" / name, mine) for name in components)
+    (mine / "kustomization.yaml").write_text(
+        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nnamespace: opd\n"
+        f"resources: [{relative(MANIFESTS / 'overlays' / overlay, mine)}]\ncomponents: [{parts}]\n"
+    )
+    return list(yaml.safe_load_all(render_text(mine)))
 
 
 @functools.cache
@@ -122,12 +143,55 @@ def config_file(objects: list[Object], workload: Object, path: str) -> str:
     return text
 
 
+def variables_of(objects: list[Object], workload: Object) -> dict[str, str]:
+    """Its environment, with what stands in ConfigMaps looked up."""
+    found = {}
+    for variable in container(workload).get("env", []):
+        if "value" in variable:
+            found[variable["name"]] = variable["value"]
+        else:
+            reference = variable["valueFrom"]["configMapKeyRef"]
+            found[variable["name"]] = named(objects, "ConfigMap", reference["name"])["data"][reference["key"]]
+    return found
+
+
+def settings_of(objects: list[Object], workload: Object, folder: Path) -> Any:
+    """What its process reads: the mounted file, then the overrides on its command line."""
+    arguments = container(workload)["args"]
+    path = arguments[arguments.index("--config") + 1]
+    copy = folder / Path(path).name
+    copy.write_text(config_file(objects, workload, path), encoding="utf-8")
+    overrides = [word for word in arguments if "=" in word]
+    return load_settings(SETTINGS[component(workload)], copy, overrides)
+
+
 def secrets_of(workload: Object) -> Iterator[tuple[str, str]]:
     """Name of each Secret that its pods mount, and where."""
     mounts = {mount["name"]: mount["mountPath"] for mount in container(workload)["volumeMounts"]}
     for volume in pod(workload)["volumes"]:
         if "secret" in volume:
             yield volume["secret"]["secretName"], mounts[volume["name"]]
+
+
+def selects(labels: dict[str, str], selector: dict[str, Any]) -> bool:
+    """Whether a selector in its long form takes these labels."""
+    wanted = selector.get("matchLabels", {}).items() <= labels.items()
+    return wanted and all(
+        rule["operator"] == "In" and labels.get(rule["key"]) in rule["values"]
+        for rule in selector.get("matchExpressions", [])
+    )
+
+
+def selected(objects: list[Object], selector: dict[str, Any]) -> list[Object]:
+    """What makes pods that it takes."""
+    return [workload for workload in workloads(objects) if selects(pod_labels(workload), selector)]
+
+
+def complaints(version: str, *paths: Path) -> str:
+    """Of the strict validator; empty where all files are sound."""
+    command = [tool("kubernetes-validate"), "--strict", "--quiet", "-k", version, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    return "" if done.returncode == 0 else done.stdout + done.stderr
 
 
 def make_secrets(folder: Path, pools: list[str], tenants: list[str]) -> list[Object]:

@@ -18,6 +18,15 @@ secret() {
     fi
 }
 
+for tenant in $TENANTS; do
+    case $tenant in
+    pool | operator | health | default)
+        echo "access: TENANTS: $tenant is the name of a Redis user that is there already; choose another" >&2
+        exit 2
+        ;;
+    esac
+done
+
 # Containers run as users of their own; who may read a file is decided by who mounts its folder.
 for tenant in $TENANTS; do
     token_file=$root/tenants/$tenant/token

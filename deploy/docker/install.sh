@@ -2,15 +2,18 @@
 # Installs one group of dependencies into /opt/opd, each in a layer of its own that our code does not touch, so that the
 # images share what they have in common while they are built. Run in the folder that holds pyproject.toml.
 #   install.sh core http     the project's own dependencies and those of the extra `http`
-#   install.sh models        torch (see TORCH_BACKEND below) and the rest of the extra `models`
+#   install.sh models EXTRA  torch (see TORCH_BACKEND below), the rest of the extra `models`, and the extra EXTRA
 #   install.sh code MODULE.. the packages that lie here, and bytecode of all that MODULEs import: the root of a container
 #                            is read-only, and a process that compiles its imports at every start takes seconds longer
 # TORCH_BACKEND: cpu; cuda, the build on the package index; or a name that uv knows, such as cu128.
 # ENGINE: transformers, or vllm, which needs a CUDA build and brings vllm==VLLM_VERSION.
+# TARGET: the Python that gets all this; the one in /opt/opd.
 set -eu
 backend=${TORCH_BACKEND:-cpu}
 engine=${ENGINE:-transformers}
-target=/opt/opd/bin/python
+target=${TARGET:-/opt/opd/bin/python}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 site=$("$target" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 install() { python -m pip --python "$target" install --quiet --no-compile --no-warn-script-location "$@"; }
@@ -42,8 +45,8 @@ install_torch() {
 }
 
 from_backend() {
-    python -m pip install --quiet --target /tmp/uv uv
-    UV_HTTP_RETRIES=0 UV_HTTP_TIMEOUT=60 /tmp/uv/bin/uv pip install --quiet --no-cache --python "$target" \
+    python -m pip install --quiet --target "$work/uv" uv
+    UV_HTTP_RETRIES=0 UV_HTTP_TIMEOUT=60 "$work/uv/bin/uv" pip install --quiet --no-cache --python "$target" \
         --torch-backend "$backend" "torch==$1" 2>/dev/null
 }
 
@@ -83,13 +86,18 @@ models)
         exit 1
     fi
     install_torch
-    requirements core http models > /tmp/requirements.txt
-    [ "$engine" != vllm ] || echo "vllm==$VLLM_VERSION" >> /tmp/requirements.txt
-    install --find-links wheels -r /tmp/requirements.txt
+    requirements core http "$@" > "$work/requirements.txt"
+    [ "$engine" != vllm ] || echo "vllm==$VLLM_VERSION" >> "$work/requirements.txt"
+    # Wheels that lie here are of CPU builds, and to pip 2.13.0+cpu is a better 2.13.0 than the one for CUDA.
+    if [ "$backend" = cpu ]; then
+        install --find-links wheels -r "$work/requirements.txt"
+    else
+        install -r "$work/requirements.txt"
+    fi
     ;;
 *)
-    requirements "$@" > /tmp/requirements.txt
-    install -r /tmp/requirements.txt
+    requirements "$@" > "$work/requirements.txt"
+    install -r "$work/requirements.txt"
     ;;
 esac
 leave_out

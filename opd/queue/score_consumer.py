@@ -62,10 +62,22 @@ class Delivery:
 
 
 class ScoreConsumer:
-    """One replica of a pool. `name` must be unique among replicas, and new for every start of one."""
+    """One replica of a pool. `name` must be unique among replicas, and new for every start of one.
 
-    def __init__(self, connection: QueueConnection, *, pool: str, name: str, rules: LeaseRules | None = None) -> None:
+    `on_refusal` is told what was refused here, for the want of a readable body, and so never came out of `take`.
+    """
+
+    def __init__(
+        self,
+        connection: QueueConnection,
+        *,
+        pool: str,
+        name: str,
+        rules: LeaseRules | None = None,
+        on_refusal: Callable[[Delivery, OpdError], None] | None = None,
+    ) -> None:
         self.name = name
+        self._on_refusal = on_refusal
         self.rules = rules or LeaseRules()
         self._connection = connection
         self._keys = PoolKeys(check_pool(pool))
@@ -222,7 +234,9 @@ class ScoreConsumer:
                 self._held[self._key_of(item)] = delivery
                 whole.append(delivery)
             else:
-                await self.fail(item, self._body_error(item, body))
+                error = self._body_error(item, body)
+                if await self.fail(item, error) and self._on_refusal is not None:
+                    self._on_refusal(item, error)
         return whole
 
     def _body_error(self, item: Delivery, num_bytes: int | None) -> OpdError:

@@ -10,7 +10,7 @@ the event loop only, and time is an argument.
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from opd.errors import OverCapacityError
@@ -55,6 +55,8 @@ class Ticket:
     """On the clock of `admitted_at_s`."""
     entered_at_s: float = 0.0
     """When it came here, which for a queued request is later than its admission."""
+    log_fields: Mapping[str, object] = field(default_factory=dict)
+    """What log lines about it name, in whichever thread they are written."""
     is_dealt: bool = False
     """Handed out in a batch."""
     is_scored: bool = False

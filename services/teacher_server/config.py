@@ -40,7 +40,7 @@ class GrpcSettings(Settings):
     max_message_bytes: int = Field(default=64 << 20, ge=1024, le=1 << 30)
     """Of a request or an answer; published in GetInfo."""
     max_concurrent_rpcs: int = Field(default=1024, ge=1)
-    """Beyond it callers are told to come back."""
+    """Beyond it callers are told to come back; probes of health are not among them."""
     keepalive_time_s: float = Field(default=60.0, gt=0)
     """A silent connection is probed after this long."""
     keepalive_timeout_s: float = Field(default=20.0, gt=0)

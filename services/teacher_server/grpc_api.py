@@ -1,24 +1,22 @@
 """The gRPC shell: decode, call TeacherScoring, encode; health and reflection beside it.
 
-Nothing here decides anything about a request. Errors become a status, the message and trailing metadata in one place
-(`opd.rpc.status`); a fault of ours is logged with its traceback and told without it.
+Nothing here decides anything about a request. What a method raises becomes its answer in `grpc_gate`.
 """
 
 import asyncio
-import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NoReturn, TypeVar
+from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from opd.credentials import read_pem
-from opd.errors import ConfigError, DeadlineExceededError, InternalError, OpdError, UnknownTeacherError
+from opd.errors import ConfigError, DeadlineExceededError, UnknownTeacherError
+from opd.metrics import TeacherMetrics
 from opd.rpc.client import KEEPALIVE_TIME_S
-from opd.rpc.status import STATUS, trailing_metadata
+from opd.types import ScoreReply, ScoreRequest
 from opd.wire.chunks import split_reply
 from opd.wire.heads import head_messages
 from opd.wire.messages import check_message_size, info_to_proto, reply_to_proto, request_from_proto
@@ -29,13 +27,13 @@ from services.teacher_server.gate import Gate
 from services.teacher_server.grpc_gate import SERVICE, GateInterceptor
 from services.teacher_server.readiness import Readiness
 from services.teacher_server.scoring import ScoringSlot, TeacherScoring
-from services.teacher_server.serving import Serving, serving
+from services.teacher_server.serving import current
 
-_log = logging.getLogger(__name__)
-_T = TypeVar("_T")
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _CHUNK_BYTES = 1 << 20
+_ROOM_FOR_PROBES = 100
+"""Calls of health and reflection beside those of the service, which has a limit of its own."""
 
 
 class TeacherServicer(pb_grpc.TeacherServiceServicer):
@@ -46,35 +44,46 @@ class TeacherServicer(pb_grpc.TeacherServiceServicer):
         self._chunk_bytes = chunk_bytes
 
     async def GetInfo(self, request: pb.GetInfoRequest, context: Any) -> pb.GetInfoResponse:
-        return await _guarded(context, lambda: self._info(request))
+        return info_to_proto(self._scoring_of(request.teacher).info())
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
-        return await _guarded(context, lambda: self._score(request, context))
+        scoring, served = self._slot.get(), current()
+        asked = served.opened(request_from_proto(request, scoring.info()))
+        reply = await scoring.score(asked, patience_s=context.time_remaining())
+        with served.span.child("reply"):
+            response = pb.ScoreResponse(reply=reply_to_proto(reply, asked.encoding, asked.candidate_token_ids))
+            check_message_size(asked.rollout_id, response.ByteSize(), scoring.info().max_message_bytes)
+        served.scored(reply)
+        return response
 
-    async def ScoreStream(self, request: pb.ScoreStreamRequest, context: Any) -> AsyncIterator[pb.ScoreStreamResponse]:
-        messages = await _guarded(context, lambda: self._score_stream(request, context))
+    async def ScoreStream(self, request: pb.ScoreStreamRequest, context: Any) -> None:
+        scoring, served = self._slot.get(), current()
+        asked = served.opened(request_from_proto(request.request, scoring.info()))
+        reply, release = await scoring.score_streamed(asked, patience_s=context.time_remaining())
         try:
-            # A reader who takes its time holds the whole reply here.
-            async with asyncio.timeout(request.request.timeout_ms / 1000):
-                for message in messages:
-                    yield message
+            with served.span.child("reply"):
+                await self._write(reply, asked, context)
+        finally:
+            release()
+        served.scored(reply)
+
+    async def _write(self, reply: ScoreReply, asked: ScoreRequest, context: Any) -> None:
+        """In chunks; raises DeadlineExceededError for a reader who takes too long and holds the whole reply here."""
+        try:
+            async with asyncio.timeout(asked.timeout_ms / 1000):
+                for message in split_reply(reply, asked.encoding, self._chunk_bytes):
+                    await context.write(message)
         except TimeoutError:
-            await _refuse(
-                context,
-                DeadlineExceededError(
-                    f"timeout_ms={request.request.timeout_ms}: the reply was not read in time; read it faster or ask "
-                    "for more time"
-                ),
-            )
+            raise DeadlineExceededError(
+                f"timeout_ms={asked.timeout_ms}: the reply was not read in time; read it faster or ask for more time"
+            ) from None
 
     async def GetOutputHead(
         self, request: pb.GetOutputHeadRequest, context: Any
     ) -> AsyncIterator[pb.GetOutputHeadResponse]:
-        for message in await _guarded(context, lambda: self._output_head(request)):
+        head = self._scoring_of(request.teacher).output_head()
+        for message in head_messages(head, request.offset_bytes, self._chunk_bytes):
             yield message
-
-    async def _info(self, request: pb.GetInfoRequest) -> pb.GetInfoResponse:
-        return info_to_proto(self._scoring_of(request.teacher).info())
 
     def _scoring_of(self, teacher: str) -> TeacherScoring:
         scoring = self._slot.get()
@@ -82,42 +91,6 @@ class TeacherServicer(pb_grpc.TeacherServiceServicer):
         if teacher not in ("", info.teacher, f"{info.teacher}@{info.fingerprint}"):
             raise UnknownTeacherError(f"teacher={teacher[:80]!r}: this replica serves {info.teacher!r}")
         return scoring
-
-    async def _score(self, message: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
-        scoring = self._slot.get()
-        with _served(message) as served:
-            request = served.opened(request_from_proto(message, scoring.info()))
-            reply = await scoring.score(request, patience_s=context.time_remaining())
-            with served.span.child("reply"):
-                response = pb.ScoreResponse(reply=reply_to_proto(reply, request.encoding, request.candidate_token_ids))
-            check_message_size(request.rollout_id, response.ByteSize(), scoring.info().max_message_bytes)
-            served.scored(reply)
-            return response
-
-    async def _score_stream(self, message: pb.ScoreStreamRequest, context: Any) -> Iterator[pb.ScoreStreamResponse]:
-        scoring = self._slot.get()
-        with _served(message.request) as served:
-            request = served.opened(request_from_proto(message.request, scoring.info()))
-            reply, release = await scoring.score_streamed(request, patience_s=context.time_remaining())
-            served.scored(reply)
-        # Also for a call that was cancelled, or cut off between two chunks.
-        context.add_done_callback(lambda _: release())
-        return split_reply(reply, request.encoding, self._chunk_bytes)
-
-    async def _output_head(self, message: pb.GetOutputHeadRequest) -> Iterator[pb.GetOutputHeadResponse]:
-        head = self._scoring_of(message.teacher).output_head()
-        return head_messages(head, message.offset_bytes, self._chunk_bytes)
-
-
-@contextmanager
-def _served(message: pb.ScoreRequest) -> Iterator[Serving]:
-    """Whatever refuses the request is told before it goes on."""
-    with serving(rollout_id=message.rollout_id[:200], tenant=message.tenant[:63]) as served:
-        try:
-            yield served
-        except OpdError as error:
-            served.refused(error)
-            raise
 
 
 class GrpcServer:
@@ -130,9 +103,11 @@ class GrpcServer:
         readiness: Readiness,
         gate: Gate | None = None,
         *,
+        metrics: TeacherMetrics,
         chunk_bytes: int = _CHUNK_BYTES,
     ) -> None:
         self._settings = settings
+        self._metrics = metrics
         self._gate = gate or Gate()
         self._servicer = TeacherServicer(slot, chunk_bytes=chunk_bytes)
         self._readiness = readiness
@@ -144,9 +119,9 @@ class GrpcServer:
         """Listens and serves; returns the port, raises ConfigError when it is taken."""
         settings = self._settings
         self._server = grpc.aio.server(
-            interceptors=(GateInterceptor(self._gate),),
+            interceptors=(GateInterceptor(self._gate, self._metrics, max_calls=settings.max_concurrent_rpcs),),
             options=_options(settings),
-            maximum_concurrent_rpcs=settings.max_concurrent_rpcs,
+            maximum_concurrent_rpcs=settings.max_concurrent_rpcs + _ROOM_FOR_PROBES,
         )
         pb_grpc.add_TeacherServiceServicer_to_server(self._servicer, self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -211,19 +186,3 @@ def _options(settings: GrpcSettings) -> list[tuple[str, int]]:
         # Two processes on one port would silently share its connections.
         ("grpc.so_reuseport", 0),
     ]
-
-
-async def _guarded(context: Any, call: Callable[[], Awaitable[_T]]) -> _T:
-    """Runs `call` and turns whatever it raises into a status."""
-    try:
-        return await call()
-    except OpdError as error:
-        await _refuse(context, error)
-    except Exception:
-        _log.exception("a call failed for a fault of ours")
-        await _refuse(context, InternalError("a fault of the teacher's; its log has the traceback"))
-
-
-async def _refuse(context: Any, error: OpdError) -> NoReturn:
-    await context.abort(STATUS[error.code], error.message, trailing_metadata(error))
-    raise AssertionError("abort raises")

@@ -6,15 +6,17 @@ an unsound one the request gets a retryable error, because another replica will 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from opd.errors import InternalError, NonFiniteError, OpdError, TeacherUnavailableError
+from opd.logs import bound
 from opd.types import ScoreRequest, Scores, SharedHead, TeacherInfo
 from services.teacher_server.canary import Canary, CanaryVerdict
 from services.teacher_server.engines.base import ScoringEngine
 
 _log = logging.getLogger(__name__)
+_MAX_NAMED = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,17 +53,17 @@ class GuardedEngine:
         """Frees the engine."""
         self._engine.close()
 
-    def score(self, requests: Sequence[ScoreRequest]) -> GuardedOutcomes:
-        """Scores together, or one by one when together fails."""
+    def score(self, requests: Sequence[ScoreRequest], about: Sequence[Mapping[str, object]] = ()) -> GuardedOutcomes:
+        """Scores together, or one by one when together fails; `about` has each request's fields for log lines."""
         try:
             return self._with_verdict(self._engine.score(requests))
         except Exception:
-            _log.exception("the engine failed on a batch of %d", len(requests))
+            _tell_failure(requests, about)
         if len(requests) == 1:
             return self._with_verdict([_own_fault(requests[0])])
         parts: list[GuardedOutcomes] = []
         for place, request in enumerate(requests):
-            parts.append(self.score([request]))
+            parts.append(self.score([request], about[place : place + 1]))
             verdict = parts[-1].verdict
             if verdict is not None and not verdict.is_sound:
                 # The rest would fail for the same reason; spare them the wait.
@@ -85,6 +87,19 @@ class GuardedEngine:
                 for outcome, is_suspicious in zip(outcomes, suspicious, strict=True)
             ]
         return GuardedOutcomes(outcomes=outcomes, verdict=verdict)
+
+
+def _tell_failure(requests: Sequence[ScoreRequest], about: Sequence[Mapping[str, object]]) -> None:
+    """The traceback that is being handled, with what it is about: one request's fields, or a list of each."""
+    named = [f"{request.rollout_id} of {request.tenant}" for request in requests[:_MAX_NAMED]]
+    if len(requests) > _MAX_NAMED:
+        named.append(f"{len(requests) - _MAX_NAMED} more")
+    if len(requests) == 1:
+        fields = dict(about[0]) if about else {}
+    else:
+        fields = {f"{name}s": [each.get(name) for each in about] for name in ("request", "rollout", "tenant")}
+    with bound(**fields):
+        _log.exception("the engine failed on a batch of %d (%s)", len(requests), ", ".join(named))
 
 
 def _own_fault(request: ScoreRequest) -> OpdError:

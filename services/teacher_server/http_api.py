@@ -7,7 +7,7 @@ Errors have the same form everywhere: {"error": {code, message, retryable, retry
 import math
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,15 +21,18 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict
 
 from opd.credentials import read_pem
-from opd.errors import ConfigError, InvalidRequestError, OpdError
+from opd.errors import ConfigError, InvalidRequestError
 from opd.metrics import CONTENT_TYPE, TeacherMetrics
 from opd.types import ScoreReply, ScoreRequest
 from services.http_docs import documented_app
 from services.teacher_server.config import HttpSettings
 from services.teacher_server.gate import Gate
-from services.teacher_server.http_gate import HttpGate, error_response, tell_errors
+from services.teacher_server.http_gate import HttpGate, stand_before
 from services.teacher_server.readiness import Part, Readiness
 from services.teacher_server.scoring import ScoringSlot
+from services.teacher_server.serving import current
+
+_BY_HAND = "by-hand"
 
 
 class ScoreBody(BaseModel):
@@ -39,7 +42,7 @@ class ScoreBody(BaseModel):
 
     prompt_token_ids: list[int]
     response_token_ids: list[int]
-    rollout_id: str = "by-hand"
+    rollout_id: str = _BY_HAND
     tenant: str = ""
     """Empty: the one whose token it is, or `by-hand` where nobody is told apart."""
     teacher: str = ""
@@ -71,15 +74,7 @@ def create_app(
     with_token = [Security(HTTPBearer(auto_error=False, description="The tenant's token."))]
     doors = HttpGate(gate or Gate(), settings)
 
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        try:
-            doors.enter(request)
-        except OpdError as error:
-            return error_response(error)
-        return await call_next(request)
-
-    tell_errors(app)
+    stand_before(app, doors, metrics)
 
     @app.get("/healthz")
     async def healthz() -> Response:
@@ -107,11 +102,15 @@ def create_app(
     @app.post("/v1/score", dependencies=with_token)
     async def score(body: ScoreBody, http_request: Request) -> Response:
         """Log-probs of one response; programs use the queue or gRPC."""
-        scoring, tenant = slot.get(), http_request.state.tenant
-        request = body.to_request(scoring.info().teacher, tenant or "by-hand")
+        scoring, tenant, served = slot.get(), http_request.state.tenant, current()
+        served.about(rollout_id=body.rollout_id, tenant=tenant or body.tenant or _BY_HAND)
+        request = body.to_request(scoring.info().teacher, tenant or _BY_HAND)
         doors.gate.check_request(tenant, request.tenant)
-        reply = await scoring.score(request)
-        return JSONResponse(reply_as_json(reply))
+        reply = await scoring.score(served.opened(request))
+        with served.span.child("reply"):
+            response = JSONResponse(reply_as_json(reply))
+        served.scored(reply)
+        return response
 
     return app
 

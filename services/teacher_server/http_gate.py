@@ -7,6 +7,8 @@ nobody else listens or nobody is told apart.
 
 import hmac
 import math
+from collections.abc import Awaitable, Callable
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -14,11 +16,14 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from opd.credentials import is_loopback
-from opd.errors import InternalError, InvalidRequestError, OpdError, PermissionDeniedError, UnauthenticatedError
+from opd.errors import InvalidRequestError, OpdError, PermissionDeniedError, UnauthenticatedError
+from opd.metrics import TeacherMetrics
 from opd.settings import read_secret_file
+from opd.tracing import checked_traceparent
 from services.http_docs import is_documentation
 from services.teacher_server.config import HttpSettings
 from services.teacher_server.gate import Gate
+from services.teacher_server.serving import current, serving
 
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 STATUS: dict[str, int] = {
@@ -79,31 +84,52 @@ class HttpGate:
             )
 
 
-def tell_errors(app: FastAPI) -> None:
-    """Gives every error one form, a fault of ours among them."""
+def stand_before(app: FastAPI, doors: HttpGate, metrics: TeacherMetrics) -> None:
+    """Has every request watched and judged before its route, and every error told in one form."""
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        with serving(metrics, f"{request.method} {quote(request.scope['path'][:80])}") as served:
+            served.about(traceparent=checked_traceparent(request.headers.get("traceparent", "")))
+            try:
+                doors.enter(request)
+                served.about(tenant=request.state.tenant or "")
+                return await call_next(request)
+            except OpdError as error:
+                return _refusal(error)
+            except Exception:
+                return _refusal(served.failed())
+
+    _tell_errors(app)
+
+
+def _tell_errors(app: FastAPI) -> None:
+    """Of the routes, which are all behind the guard."""
 
     @app.exception_handler(OpdError)
     async def tell(_: Request, error: OpdError) -> Response:
-        return error_response(error)
+        return _refusal(error)
 
     @app.exception_handler(RequestValidationError)
     async def tell_form(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part)[:80] for part in first["loc"][1:]) or "body"
-        return error_response(InvalidRequestError(f"{where}: {first['msg'].lower()}"))
+        return _refusal(InvalidRequestError(f"{where}: {first['msg'].lower()}"))
 
     @app.exception_handler(HTTPException)
     async def tell_status(request: Request, error: HTTPException) -> Response:
         # Of the framework's own: no such path, another method, a body that cannot be parsed.
         found = InvalidRequestError(f"{request.method} {request.url.path[:80]}: {str(error.detail).lower()}")
-        return error_response(found, error.status_code)
-
-    @app.exception_handler(Exception)
-    async def tell_fault(_: Request, error: Exception) -> Response:
-        return error_response(InternalError("a fault of the teacher's; its log has the traceback"))
+        return _refusal(found, error.status_code)
 
 
-def error_response(error: OpdError, status: int | None = None) -> Response:
+def _refusal(error: OpdError, status: int | None = None) -> Response:
+    """The answer to the request that is being served, which is counted and told thereby."""
+    current().refused(error)
+    return _error_response(error, status)
+
+
+def _error_response(error: OpdError, status: int | None = None) -> Response:
     """{"error": {code, message, retryable, retry_after_s}} with the code's status."""
     content = {
         "code": error.code,

@@ -8,12 +8,14 @@ Redis ends nothing: operations wait for it, readiness says so, and work goes on 
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 from opd.credentials import Credentials
-from opd.errors import InternalError, InvalidRequestError, OpdError, QueueUnavailableError, TeacherUnavailableError
+from opd.errors import InvalidRequestError, OpdError, QueueUnavailableError, TeacherUnavailableError
+from opd.metrics import TeacherMetrics
 from opd.queue.connection import QueueConnection
 from opd.queue.score_consumer import Delivery, LeaseRules, ScoreConsumer
 from opd.settings import read_secret
@@ -65,12 +67,14 @@ class QueueIntake:
         scoring: TeacherScoring,
         *,
         readiness: Readiness,
+        metrics: TeacherMetrics,
         replica: str,
         gate: Gate | None = None,
     ) -> None:
         info, queue = scoring.info(), config.queue
         self._scoring = scoring
         self._readiness = readiness
+        self._metrics = metrics
         self._settings = queue
         self._gate = gate or Gate()
         self._table: TenantTable | None = None
@@ -87,7 +91,9 @@ class QueueIntake:
         )
         self.pool = f"{info.teacher}@{info.fingerprint}" if queue.per_fingerprint else info.teacher
         self._connection = connection
-        self._consumer = ScoreConsumer(self._connection, pool=self.pool, name=replica, rules=rules)
+        self._consumer = ScoreConsumer(
+            self._connection, pool=self.pool, name=replica, rules=rules, on_refusal=self._note_refusal
+        )
         self._serving: dict[Delivery, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         # A suspect is delivered only to a replica that holds nothing, so takes must not overlap.
@@ -237,27 +243,38 @@ class QueueIntake:
 
     async def _serve(self, delivery: Delivery) -> None:
         """From lease to answer; an answer that Redis cannot take is dropped with its lease."""
-        request_id, age_s = f"{delivery.entry_id}/{delivery.delivery_count}", delivery.age_ms / 1000
-        with serving(request_id, rollout_id=delivery.rollout_id, tenant=delivery.tenant, age_s=age_s) as served:
+        with self._watched(delivery) as served:
+            answer = await self._answer(delivery, served)
             try:
-                answer = await self._answer(delivery, served)
-                with served.span.child("reply"):
-                    await self._settle(delivery, answer)
+                await self._settle(delivery, answer, served)
             except OpdError as error:
+                served.span.end(error)
                 _log.warning("rollout %s: its answer is lost (%s)", delivery.rollout_id, error.message)
-            else:
-                if isinstance(answer, OpdError):
-                    served.refused(answer)
 
-    async def _settle(self, delivery: Delivery, answer: bytes | OpdError) -> None:
+    @contextmanager
+    def _watched(self, delivery: Delivery) -> Iterator[Serving]:
+        request_id, age_s = f"{delivery.entry_id}/{delivery.delivery_count}", delivery.age_ms / 1000
+        with serving(self._metrics, "delivery", request_id=request_id, age_s=age_s) as served:
+            served.about(rollout_id=delivery.rollout_id, tenant=delivery.tenant)
+            yield served
+
+    def _note_refusal(self, delivery: Delivery, error: OpdError) -> None:
+        with self._watched(delivery) as served:
+            served.refused(error)
+
+    async def _settle(self, delivery: Delivery, answer: bytes | OpdError, served: Serving) -> None:
         if isinstance(answer, TeacherUnavailableError):
             num_returned = await self._consumer.hand_back([delivery])
             # Added in a step of its own: others hand back while this one waits for Redis.
             self.num_handed_back += num_returned
+            served.handed_back(answer)
         elif isinstance(answer, OpdError):
-            await self._consumer.fail(delivery, answer)
+            # What somebody else has answered by now is not counted twice in a pool.
+            if await self._consumer.fail(delivery, answer):
+                served.refused(answer)
         else:
-            await self._consumer.complete(delivery, answer)
+            with served.span.child("reply"):
+                await self._consumer.complete(delivery, answer)
 
     async def _answer(self, delivery: Delivery, served: Serving) -> bytes | OpdError:
         try:
@@ -278,8 +295,7 @@ class QueueIntake:
         except OpdError as error:
             return error
         except Exception:
-            _log.exception("rollout %s failed for a fault of ours", delivery.rollout_id)
-            return InternalError(f"rollout {delivery.rollout_id}: a fault of the teacher's; its log has the traceback")
+            return served.failed()
 
     async def _outlasting(self, operation: Coroutine[Any, Any, _T]) -> _T | None:
         """The result, or None after a fault of Redis that was logged and waited out for a moment."""

@@ -1,20 +1,21 @@
 """TeacherScoring: the one handler behind gRPC, HTTP and the queue.
 
 A request is checked, admitted to the ledger, waits for its turn, is scored with others in the engine thread, and is
-answered; every way out of that is an `OpdError`. Knows no transport. All state belongs to the event loop; the engine
-thread only computes, and there is one, because an engine is not made to be shared.
+answered; every way out of that is an `OpdError`, which is counted by the shell that answers. Knows no transport. All
+state belongs to the event loop; the engine thread only computes, and there is one, because an engine is not made to be
+shared.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TypeVar
 
 from opd import tracing
 from opd.errors import DeadlineExceededError, OpdError, TeacherUnavailableError, UnsupportedError
+from opd.logs import bound_fields
 from opd.metrics import TeacherMetrics
 from opd.types import Capability, ScoreReply, ScoreRequest, Scores, SharedHead, TeacherInfo
 from services.teacher_server.batcher import FairBatcher, Intake, Ticket
@@ -115,13 +116,12 @@ class TeacherScoring:
 
         `age_s` is what of its time-out passed before it came here; `patience_s` is the caller's own limit from now.
         """
-        with self._counted_errors():
-            check_request(request, self.info())
-            ticket = self._admit(request, intake, alone, age_s, patience_s)
-            try:
-                return await self._answer_to(ticket)
-            finally:
-                self._give_up(ticket)
+        check_request(request, self.info())
+        ticket = self._admit(request, intake, alone, age_s, patience_s)
+        try:
+            return await self._answer_to(ticket)
+        finally:
+            self._give_up(ticket)
 
     async def score_streamed(
         self, request: ScoreRequest, *, patience_s: float | None = None
@@ -130,21 +130,12 @@ class TeacherScoring:
 
         What is being read is in memory, so its tokens stay in the ledger until the second value is called.
         """
-        with self._counted_errors():
-            check_request(request, self.info(), is_streamed=True)
-            ticket = self._admit(request, Intake.DIRECT, False, 0.0, patience_s)
-            try:
-                return await self._answer_to(ticket), lambda: self._give_up(ticket)
-            except BaseException:
-                self._give_up(ticket)
-                raise
-
-    @contextmanager
-    def _counted_errors(self) -> Iterator[None]:
+        check_request(request, self.info(), is_streamed=True)
+        ticket = self._admit(request, Intake.DIRECT, False, 0.0, patience_s)
         try:
-            yield
-        except OpdError as error:
-            self._metrics.errors.labels(error.code).inc()
+            return await self._answer_to(ticket), lambda: self._give_up(ticket)
+        except BaseException:
+            self._give_up(ticket)
             raise
 
     def _admit(
@@ -164,7 +155,7 @@ class TeacherScoring:
             now_s=now_s - age_s,
             deadline_s=now_s + left_s,
         )
-        ticket.entered_at_s = now_s
+        ticket.entered_at_s, ticket.log_fields = now_s, bound_fields()
         self._answers[ticket] = asyncio.get_running_loop().create_future()
         self._idle.clear()
         self._show_load()
@@ -229,12 +220,17 @@ class TeacherScoring:
         return len(waiting)
 
     async def _score_batch(self, batch: list[Ticket]) -> None:
-        requests = [ticket.request for ticket in batch]
-        started_s = self._clock()
-        for ticket in batch:
-            self._metrics.queue_age_seconds.observe(started_s - ticket.admitted_at_s)
+        requests, about = [ticket.request for ticket in batch], [ticket.log_fields for ticket in batch]
+        dealt_s = began_s = self._clock()
+
+        def score() -> GuardedOutcomes:
+            nonlocal began_s
+            # The engine may have had to end a probe first.
+            began_s = self._clock()
+            return self._engine.score(requests, about)
+
         try:
-            guarded: GuardedOutcomes = await self._in_engine_thread(lambda: self._engine.score(requests))
+            guarded = await self._in_engine_thread(score)
         finally:
             for ticket in batch:
                 ticket.is_scored = True
@@ -242,14 +238,16 @@ class TeacherScoring:
                     self._batcher.settle(ticket)
         if guarded.verdict is not None:
             self._apply(guarded.verdict)
-        took_s = self._clock() - started_s
+        took_s = self._clock() - began_s
         if tracing.is_on():
-            _trace(batch, waited_until_s=time.time() - took_s, took_s=took_s, now_s=started_s)
+            _trace(batch, began_s=began_s, took_s=took_s, waited_s=began_s - dealt_s)
         num_tokens = sum(ticket.num_tokens for ticket in batch)
         self._batcher.record_speed(num_tokens, took_s)
         for ticket, outcome in zip(batch, guarded.outcomes, strict=True):
+            queue_s = began_s - ticket.admitted_at_s
+            self._metrics.queue_age_seconds.observe(queue_s)
             self._count_usage(ticket, outcome, took_s * ticket.num_tokens / num_tokens)
-            self._answer(ticket, outcome, queue_s=started_s - ticket.admitted_at_s, engine_s=took_s)
+            self._answer(ticket, outcome, queue_s=queue_s, engine_s=took_s)
         self._show_load()
 
     def _count_usage(self, ticket: Ticket, outcome: Scores | OpdError, engine_s: float) -> None:
@@ -312,13 +310,25 @@ class TeacherScoring:
         self._metrics.waiting_requests.set(self._batcher.num_waiting)
 
 
-def _trace(batch: list[Ticket], *, waited_until_s: float, took_s: float, now_s: float) -> None:
-    """Each request's wait for its batch and the pass it shared; `now_s` is on the tickets' clock."""
-    pass_of = {"batch_requests": len(batch), "batch_tokens": sum(ticket.num_tokens for ticket in batch)}
+def _trace(batch: list[Ticket], *, began_s: float, took_s: float, waited_s: float) -> None:
+    """Each request's wait and the pass it shared; `began_s` is on the tickets' clock, and the pass has just ended.
+
+    `waited_s` is what the batch, closed already, waited for the engine.
+    """
+    num_tokens = sum(ticket.num_tokens for ticket in batch)
+    ended_s = time.time()
+    start_s = ended_s - took_s
     for ticket in batch:
-        parent, entered_s = ticket.request.traceparent, waited_until_s - (now_s - ticket.entered_at_s)
-        tracing.record("batch_wait", parent=parent, start_s=entered_s, end_s=waited_until_s)
-        tracing.record("engine_pass", parent=parent, start_s=waited_until_s, end_s=waited_until_s + took_s, **pass_of)
+        parent, entered_s = ticket.request.traceparent, start_s - (began_s - ticket.entered_at_s)
+        tracing.record("batch_wait", parent=parent, start_s=entered_s, end_s=start_s, waited_s=waited_s)
+        tracing.record(
+            "engine_pass",
+            parent=parent,
+            start_s=start_s,
+            end_s=ended_s,
+            batch_requests=len(batch),
+            batch_tokens=num_tokens,
+        )
 
 
 class ScoringSlot:

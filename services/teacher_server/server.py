@@ -87,7 +87,9 @@ class Replica:
         self._registry = _load_registry(config, self._metrics)
         self._gate = gate = Gate(self._registry)
         chunk_bytes = min(config.hidden_states.chunk_bytes, config.grpc.max_message_bytes // 2)
-        self._grpc = GrpcServer(config.grpc, self._slot, self._readiness, gate, chunk_bytes=chunk_bytes)
+        self._grpc = GrpcServer(
+            config.grpc, self._slot, self._readiness, gate, metrics=self._metrics, chunk_bytes=chunk_bytes
+        )
         self._http = HttpServer(create_app(self._slot, self._readiness, self._metrics, config.http, gate), config.http)
         self._queue = connect_queue(config)
         self._intake: QueueIntake | None = None
@@ -132,6 +134,7 @@ class Replica:
         self._run("scoring", scoring.run())
         await scoring.check_canary()
         self._slot.fill(scoring)
+        self._metrics.know_teacher(scoring.info().teacher, scoring.info().fingerprint)
         self._readiness.clear(Part.START)
         self._run("canary", self._keep_probing(scoring))
         self._run("stall", self._watch_stalls(scoring))
@@ -212,7 +215,13 @@ class Replica:
         if self._queue is None:
             return
         intake = QueueIntake(
-            self._config, self._queue, scoring, readiness=self._readiness, replica=self._name, gate=self._gate
+            self._config,
+            self._queue,
+            scoring,
+            readiness=self._readiness,
+            metrics=self._metrics,
+            replica=self._name,
+            gate=self._gate,
         )
         if self._registry is not None:
             self._registry.subscribe(intake.follow)

@@ -32,7 +32,7 @@ from services.trainer.horizon import Horizon
 from services.trainer.http_api import RunStatus, StatusServer
 from services.trainer.loggers.build import open_loggers
 from services.trainer.loggers.contract import Loggers
-from services.trainer.loop import LoopSettings, Scorer, TrainingLoop
+from services.trainer.loop import LoopSettings, TrainingLoop
 from services.trainer.loss import DistillLoss
 from services.trainer.models import LoadedModel, load_model
 from services.trainer.objectives.config import ObjectiveKind
@@ -46,6 +46,7 @@ from services.trainer.rollout.base import RolloutEngine, SamplingParams
 from services.trainer.rollout.build import Engines, build_engines, measured_too
 from services.trainer.run_log import RunLog
 from services.trainer.step_metrics import StepMetrics
+from services.trainer.step_rollouts import Scorer
 from services.trainer.stop import StopSignal
 from services.trainer.student import Student, StudentOptimizer
 from services.trainer.teacher_head import TeacherHead
@@ -305,6 +306,9 @@ def _loop_settings(settings: TrainSettings, num_steps: int) -> LoopSettings:
         aggregation=settings.objective.aggregation,
         has_entropy_bonus=settings.objective.entropy_bonus > 0,
         drops_unscored=settings.teacher.on_score_failure is OnScoreFailure.DROP,
+        mode=settings.pipeline.mode,
+        max_policy_lag=settings.pipeline.max_policy_lag,
+        deterministic=settings.deterministic,
     )
 
 

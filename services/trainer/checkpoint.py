@@ -3,9 +3,11 @@
 `step-000010/` holds the student (fp32 safetensors, tokenizer, generation configuration) and `trainer/` in it the
 optimizer's state, the random number generators and a JSON record. Nothing is pickled. A checkpoint is written into a
 temporary folder, flushed to disk and renamed, so what carries its final name is whole; a write that fails leaves
-everything that was there before as it was.
+everything that was there before as it was. The record names every file with its digest: a checkpoint that a disk has
+damaged since is passed over for the one before.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -30,8 +32,13 @@ _PARTIAL = ".partial-"
 _STATE_FILE = "trainer/state.json"
 _OPTIMIZER_FILE = "trainer/optimizer.safetensors"
 _RANDOM_FILE = "trainer/random.safetensors"
+_DIGESTS = "sha256"
 FORMAT = 1
 """Raised when a later version can no longer read what this one wrote."""
+
+
+class _DamagedError(CheckpointError):
+    """What is on disk is not what was written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,9 +86,23 @@ class CheckpointStore:
         return sorted(path for path in self._folder.glob(f"{_PREFIX}*") if (path / _STATE_FILE).is_file())
 
     def latest(self) -> Checkpoint | None:
-        """The newest one; `CheckpointError` when its record cannot be read."""
+        """The newest one that is as it was written; those passed over are named in a warning.
+
+        None where there never was one, `CheckpointError` where none of them can be used.
+        """
         folders = self.folders()
-        return Checkpoint(folder=folders[-1], state=_read(folders[-1] / _STATE_FILE, _read_state)) if folders else None
+        problem: _DamagedError | None = None
+        for folder in reversed(folders):
+            try:
+                return _verified(folder)
+            except _DamagedError as error:
+                _log.warning("%s; it is passed over", error.message)
+                problem = error
+        if problem is not None:
+            raise CheckpointError(
+                f"none of the {len(folders)} checkpoints in {self._folder} can be used; the oldest: {problem.message}"
+            )
+        return None
 
     def save(
         self,
@@ -98,7 +119,8 @@ class CheckpointStore:
         target = self._folder / f"{_PREFIX}{state.step:06d}"
         partial = self._folder / f"{_PARTIAL}{target.name}"
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left_over in self._folder.glob(f"{_PARTIAL}*"):
+                shutil.rmtree(left_over, ignore_errors=True)
             _write(partial, model, tokenizer, {_OPTIMIZER_FILE: optimizer_tensors} | _extra_files(extra), state)
             _replace(partial, target)
         except (OSError, SafetensorError) as error:
@@ -158,7 +180,28 @@ def _write(
     save_file(random_state(), partial / _RANDOM_FILE)
     # The record comes last: a folder with a record is whole.
     record = {"format": FORMAT, "step": state.step, "seed": state.seed, "prompts_digest": state.prompts_digest}
-    (partial / _STATE_FILE).write_text(json.dumps(record | {"config": state.config}, indent=2), encoding="utf-8")
+    record |= {"config": state.config, _DIGESTS: _digests(partial)}
+    (partial / _STATE_FILE).write_text(json.dumps(record, indent=2), encoding="utf-8")
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file there is, by its path within `folder`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _verified(folder: Path) -> Checkpoint:
+    """The checkpoint of `folder`; `CheckpointError` naming the first file that is not as it was written."""
+    state, digests = _read(folder / _STATE_FILE, _read_state)
+    for name, written in digests.items():
+        if _read(folder / name, _digest) != written:
+            raise _DamagedError(f"checkpoint {folder / name}: is not what was written, the disk has damaged it")
+    return Checkpoint(folder=folder, state=state)
 
 
 def _extra_file(name: str) -> str:
@@ -199,20 +242,24 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _read_state(path: Path) -> TrainerState:
+def _read_state(path: Path) -> tuple[TrainerState, dict[str, str]]:
+    """The state, and the digests of the files beside it; a record from before there were digests has none."""
     record = json.loads(path.read_text(encoding="utf-8"))
     if record.pop("format") != FORMAT:
-        raise ValueError(f"is of another format than {FORMAT}")
-    return TrainerState(**record)
+        raise CheckpointError(
+            f"checkpoint {path}: is of another format than {FORMAT}; resume with the version it is of"
+        )
+    digests = record.pop(_DIGESTS, {})
+    return TrainerState(**record), digests
 
 
 def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
     try:
         return reader(path)
+    except CheckpointError:
+        raise
     except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"checkpoint {path}: cannot be read ({_reason(error)}); remove that checkpoint to go on from the one before"
-        ) from error
+        raise _DamagedError(f"checkpoint {path}: cannot be read ({_reason(error)})") from error
 
 
 def _reason(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from services.trainer.loggers.config import LoggerSettings
 from services.trainer.metrics_config import MetricsSettings
 from services.trainer.objective_checks import check_objective, with_group_size
 from services.trainer.objectives.config import ObjectiveConfig, ObjectiveKind
+from services.trainer.pipeline import PipelineSettings, check_pipeline
 from services.trainer.prompts import Overlong
 from services.trainer.recipes.self_distillation.settings import HeldTeacherSettings, check_held_teacher
 from services.trainer.rollout.settings import EngineKind, VllmRolloutSettings, check_engine
@@ -271,6 +272,7 @@ class TrainSettings(Settings):
     data: DataSettings = Field(default_factory=DataSettings)
     rollout: RolloutSettings = Field(default_factory=RolloutSettings)
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    pipeline: PipelineSettings = Field(default_factory=PipelineSettings)
     optim: OptimSettings = Field(default_factory=OptimSettings)
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
@@ -303,6 +305,7 @@ class TrainSettings(Settings):
         self._check_teachers()
         self._check_context()
         check_objective(self)
+        check_pipeline(self.pipeline, staleness_cap=self.objective.staleness_cap, deterministic=self.deterministic)
         check_engine(self)
         if self.steps is not None and self.optim.warmup_steps > self.steps:
             raise ValueError(

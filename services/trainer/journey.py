@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Self
 
 from opd import tracing
@@ -21,7 +22,7 @@ _log = logging.getLogger(REQUEST_LOG)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutJourney:
-    """From the moment a rollout is sent."""
+    """From the moment a rollout is sent; as a context it also ends with an error that keeps it from being sent."""
 
     fields: Mapping[str, object]
     """Of its log lines."""
@@ -51,6 +52,16 @@ class RolloutJourney:
         tracing.record("sample", parent=span.traceparent, start_s=sampling_s, end_s=time.time())
         return cls(fields=fields, span=span)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.span.end(error)
+            self._tell("was not sent", error)
+
     @property
     def traceparent(self) -> str:
         return self.span.traceparent
@@ -70,10 +81,12 @@ class RolloutJourney:
         if reply.cancelled():
             _log.info("gave up rollout %s", self.fields["rollout"], extra=self.fields)
         elif error is not None:
-            code = getattr(error, "code", type(error).__name__)
-            _log.info(
-                "rollout %s was not scored: %s", self.fields["rollout"], error, extra={**self.fields, "code": code}
-            )
+            self._tell("was not scored", error)
         else:
             by = {"replica": reply.result().replica, "teacher_fingerprint": reply.result().teacher_fingerprint}
             _log.info("scored rollout %s", self.fields["rollout"], extra={**self.fields, **by})
+
+    def _tell(self, what_happened: str, error: BaseException) -> None:
+        code = getattr(error, "code", type(error).__name__)
+        extra = {**self.fields, "code": code}
+        _log.info("rollout %s %s: %s", self.fields["rollout"], what_happened, error, extra=extra)

@@ -1,19 +1,17 @@
 """On-policy distillation, one step after another: read this file first.
 
 A step samples rollouts from the student as it is, has each scored by the teacher the moment it ends (and, where the
-objective learns from outcomes, graded), and takes one optimizer step on the loss at the positions the student visited.
-The loop knows protocols; `run.py` makes the parts.
+objective learns from outcomes, graded with its group), trains each as its scores return, and takes one optimizer step
+on the mean of the loss over the positions the student visited. The loop knows protocols; `run.py` makes the parts.
 
-Invariants: every rollout of a step was sampled by the weights the step changes (strictly on-policy); the loss is the
-mean over all trained positions however they are split; the weights change once per step, after everything that could
-refuse the step has been asked.
+Invariants: every rollout of a step was sampled by the weights the step changes (strictly on-policy), or by weights at
+most `max_policy_lag` steps older; the gradient is that of the mean over all trained positions, whatever order they came
+in; the weights change once per step, after everything that could refuse the step has been asked.
 """
 
-import logging
 import math
-import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,58 +19,19 @@ from typing import Protocol
 import torch
 
 from opd.errors import ConfigError, InternalError, NonFiniteError, OpdError
-from opd.types import Ids, Rollout, ScoreReply, Scores, rollout_id
-from services.trainer.batch import ScoredRollout, build_batch, micro_batches
-from services.trainer.diagnostics.means import Mean, joined
+from opd.types import Rollout, rollout_id
+from services.trainer.batch import ScoredRollout
+from services.trainer.diagnostics.means import Mean
 from services.trainer.horizon import Horizon
 from services.trainer.loss import DistillLoss
-from services.trainer.objectives.aggregation import denominator
 from services.trainer.objectives.config import Aggregation
-from services.trainer.objectives.outcome import group_advantages
+from services.trainer.pipeline import PipelineMode
 from services.trainer.rollout.base import RolloutEngine, RolloutRequest, SamplingParams, derive_seed
+from services.trainer.step_clock import StepClock
+from services.trainer.step_gradient import StepGradient
+from services.trainer.step_rollouts import Answered, Counts, Reward, Scorer, StepPrompt, StepRollouts
 from services.trainer.student import Student, StudentOptimizer
 from services.trainer.weights import WeightPublisher
-
-_log = logging.getLogger(__name__)
-
-
-class StepPrompt(Protocol):
-    """One prompt of a step, as each side is to see it."""
-
-    @property
-    def prompt_token_ids(self) -> Ids: ...
-    @property
-    def teacher_prompt_token_ids(self) -> Ids: ...
-    @property
-    def teacher(self) -> str:
-        """Whose scores it trains on; empty where the run has a single teacher."""
-        ...
-
-    @property
-    def template(self) -> str:
-        """In whose form the answer is to be written; empty where that is not known."""
-        ...
-
-    @property
-    def answer(self) -> str | None:
-        """The known answer; None when there is none to grade against."""
-        ...
-
-
-class Scorer(Protocol):
-    """Who scores rollouts: `TeacherRouter`, or `NoTeachers`."""
-
-    def pin(self) -> dict[str, str]:
-        """The fingerprint by teacher that every score of the step has to come from."""
-        ...
-
-    def send(self, rollout: Rollout, prompt: StepPrompt) -> Future[ScoreReply]:
-        """Returns at once."""
-        ...
-
-    def accept(self, rollout: Rollout, prompt: StepPrompt, reply: ScoreReply) -> Scores:
-        """The scores of a reply that fits; an `OpdError` for one that does not."""
-        ...
 
 
 class PromptSource(Protocol):
@@ -97,18 +56,11 @@ class LoopSettings:
     """Whether positions beyond the horizon train by it."""
     drops_unscored: bool = False
     """Whether a rollout that cannot be scored is left out instead of ending the run."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Counts:
-    """Rollouts of a run or a step; sent = scored + lost once all are answered."""
-
-    sent: int = 0
-    scored: int = 0
-    lost: int = 0
-
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(sent=self.sent + other.sent, scored=self.scored + other.scored, lost=self.lost + other.lost)
+    mode: PipelineMode = PipelineMode.STREAMING
+    max_policy_lag: int = 0
+    """Steps by which sampling may run ahead of training."""
+    deterministic: bool = False
+    """Whether parts are cut in the order in which rollouts end, whenever their scores come."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +97,7 @@ class TrainingLoop:
         loss: DistillLoss,
         optimizer: StudentOptimizer,
         weights: WeightPublisher,
-        reward: Callable[[Rollout, StepPrompt], float] | None = None,
+        reward: Reward | None = None,
         horizon: Horizon | None = None,
         first_step: int = 0,
         interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -153,7 +105,6 @@ class TrainingLoop:
         """`reward` grades rollouts where the objective learns from outcomes."""
         self.step = first_step
         self.is_updating = False
-        self.counts = Counts()
         self._settings = settings
         self._prompts = prompts
         self._engine = engine
@@ -165,6 +116,14 @@ class TrainingLoop:
         self._reward = reward
         self._horizon = horizon
         self._interruptible = interruptible
+        self._completed = Counts()
+        self._ahead: deque[StepRollouts] = deque()
+        """Steps that are sampled and not trained, the one to be trained next first."""
+
+    @property
+    def counts(self) -> Counts:
+        """Of everything sent so far, what a step that was not completed has sent included."""
+        return sum((ahead.counts for ahead in self._ahead), self._completed)
 
     def run(self, after_step: Callable[[StepRecord], None]) -> None:
         """Takes every step that is left; `after_step` logs, saves and evaluates."""
@@ -177,145 +136,144 @@ class TrainingLoop:
         clock = StepClock()
         try:
             with self._interruptible():
-                prompts = self._prompts.step_prompts(self.step)
-                fingerprints = self._teachers.pin()
-                rollouts, replies = self._sample(prompts)
-                clock.lap("rollout")
-                # Graded while the teacher is still scoring, by what all of a group have earned.
-                advantages, outcomes = self._judge(prompts, rollouts)
-                clock.lap("grade")
-                scored = self._collect(prompts, rollouts, replies, advantages)
-                clock.lap("score_wait")
-            losses = self._accumulate_gradient(scored) | outcomes
-            clock.lap("forward_backward")
-            grad_norm = self._clip()
+                gradient = self._new_gradient()
+                self._sample_ahead(gradient, clock)
+                current = self._ahead[0]
+                self._train(current, gradient, clock)
+                with clock.part("forward_backward"):
+                    losses = gradient.finish() | current.outcomes()
+            with clock.part("optimizer"):
+                grad_norm = self._clip()
         except OpdError as error:
             raise _at_step(self.step + 1, error) from error
         except torch.OutOfMemoryError as error:
             raise _at_step(self.step + 1, _out_of_memory(error)) from error
-        self.is_updating = True
-        try:
-            lr = self._optimizer.step(self.step)
-        except torch.OutOfMemoryError as error:
-            raise _at_step(self.step + 1, _out_of_memory(error)) from error
-        self.step += 1
-        self.is_updating = False
+        with clock.part("optimizer"):
+            lr = self._update()
+        self._completed += self._ahead.popleft().counts
+        scored = sorted(gradient.trained, key=lambda item: _index(item.rollout))
         if self._horizon is not None:
             losses |= self._horizon.observe(scored)
-        clock.lap("optimizer")
-        self._weights.publish(self.step)
-        clock.lap("publish")
+        with clock.part("publish"):
+            self._weights.publish(self.step)
         return StepRecord(
             step=self.step,
-            prompts=prompts,
+            prompts=current.prompts,
             scored=scored,
-            fingerprints=fingerprints,
-            counts=Counts(sent=len(rollouts), scored=len(scored), lost=len(rollouts) - len(scored)),
+            fingerprints=current.fingerprints,
+            counts=current.counts,
             losses=losses,
             grad_norm=grad_norm,
             lr=lr,
             timings_s=clock.timings_s(),
         )
 
-    def _sample(self, prompts: Sequence[StepPrompt]) -> tuple[list[Rollout], dict[str, Future[ScoreReply]]]:
-        """Samples every rollout of the step and sends each for scoring while the others still decode."""
-        replies: dict[str, Future[ScoreReply]] = {}
+    def _sample_ahead(self, gradient: StepGradient, clock: StepClock) -> None:
+        """Samples this step and, with a lag, those after it that may still come from the weights as they are."""
+        last = min(self.step + self._settings.max_policy_lag, self._settings.num_steps - 1)
+        while self.step + len(self._ahead) <= last:
+            self._sample(self.step + len(self._ahead), gradient, clock)
+
+    def _sample(self, step: int, gradient: StepGradient, clock: StepClock) -> None:
+        """Samples every rollout of `step` and sends each for scoring while the others still decode."""
+        settings = self._settings
+        sampled = StepRollouts(
+            step,
+            self._prompts.step_prompts(step),
+            self._teachers,
+            rollouts_per_prompt=settings.rollouts_per_prompt,
+            reward=self._reward,
+            drops_unscored=settings.drops_unscored,
+            in_order=settings.deterministic,
+        )
+        self._ahead.append(sampled)
 
         def send(rollout: Rollout) -> None:
-            replies[rollout.rollout_id] = self._teachers.send(rollout, prompts[rollout.group])
-            self.counts += Counts(sent=1)
+            if rollout.policy_version != self.step:
+                raise InternalError(
+                    f"rollout {rollout.rollout_id} is of policy version {rollout.policy_version}, not {self.step}"
+                )
+            sampled.send(rollout)
+            if self._trains_while_sampling:
+                self._train_full(self._ahead[0], gradient, clock)
 
-        rollouts = self._engine.sample(self._requests(prompts), self._settings.sampling, on_finish=send)
-        stale = [rollout for rollout in rollouts if rollout.policy_version != self.step]
-        if stale:
-            raise InternalError(
-                f"rollout {stale[0].rollout_id} is of policy version {stale[0].policy_version}, not {self.step}"
+        with clock.part("rollout"):
+            self._engine.sample(self._requests(step, sampled.prompts), settings.sampling, on_finish=send)
+        with clock.part("grade"):
+            # While the teacher is still scoring.
+            sampled.judge()
+
+    @property
+    def _trains_while_sampling(self) -> bool:
+        # An engine that shares the student's weights and thread would only be held up.
+        return self._settings.mode is PipelineMode.STREAMING and self._engine.samples_elsewhere
+
+    def _train(self, current: StepRollouts, gradient: StepGradient, clock: StepClock) -> None:
+        """Trains what has been scored, a part at a time, until nothing is left to wait for."""
+        while not current.is_exhausted:
+            if self._settings.mode is PipelineMode.STREAMING:
+                is_idle = not self._train_full(current, gradient, clock)
+            else:
+                gradient.hold(self._trainable(current.take()))
+                is_idle = True
+            if current.is_exhausted or not is_idle:
+                continue
+            if self._fills_waits and gradient.has_rest:
+                with clock.part("forward_backward"):
+                    gradient.train_rest()
+            else:
+                with clock.part("score_wait"):
+                    current.wait()
+
+    @property
+    def _fills_waits(self) -> bool:
+        # A part that is not full costs more for each of its tokens, but waiting costs all of it.
+        return self._settings.mode is PipelineMode.STREAMING and not self._settings.deterministic
+
+    def _train_full(self, current: StepRollouts, gradient: StepGradient, clock: StepClock) -> bool:
+        """Trains every part that the scores which have come fill; whether any have come."""
+        answered = current.take()
+        with clock.part("forward_backward"):
+            gradient.train_full(self._trainable(answered))
+        return bool(answered)
+
+    def _trainable(self, answered: Sequence[Answered]) -> list[ScoredRollout]:
+        return [
+            ScoredRollout(
+                rollout=item.rollout,
+                scores=item.scores,
+                supervised_tokens=self._horizon.length if self._horizon else None,
+                advantage=item.advantage,
+                has_entropy_bonus=self._settings.has_entropy_bonus,
             )
-        return rollouts, replies
+            for item in answered
+        ]
 
-    def _requests(self, prompts: Sequence[StepPrompt]) -> list[RolloutRequest]:
-        """`rollouts_per_prompt` requests for each prompt, told apart by their seeds."""
+    def _new_gradient(self) -> StepGradient:
+        return StepGradient(
+            self._student,
+            self._loss,
+            self._optimizer,
+            max_tokens=self._settings.max_micro_batch_tokens,
+            aggregation=self._settings.aggregation,
+        )
+
+    def _requests(self, step: int, prompts: Sequence[StepPrompt]) -> list[RolloutRequest]:
+        """`rollouts_per_prompt` requests for each prompt, told apart by their seeds.
+
+        Their ids name the weights that sample them, and go on counting over the steps that come from the same.
+        """
         per_prompt = self._settings.rollouts_per_prompt
+        offset = (step - self.step) * len(prompts) * per_prompt
         return [
             RolloutRequest(
-                rollout_id=rollout_id(self._settings.run, self.step, index),
+                rollout_id=rollout_id(self._settings.run, self.step, offset + index),
                 group=index // per_prompt,
                 prompt_token_ids=prompts[index // per_prompt].prompt_token_ids,
-                seed=derive_seed(self._settings.seed, self.step, index),
+                seed=derive_seed(self._settings.seed, step, index),
             )
             for index in range(len(prompts) * per_prompt)
         ]
-
-    def _judge(
-        self, prompts: Sequence[StepPrompt], rollouts: Sequence[Rollout]
-    ) -> tuple[dict[str, float], dict[str, Mean]]:
-        """Each rollout's advantage in its group, which is complete here: also what is not scored has its reward."""
-        if self._reward is None:
-            return {}, {}
-        rewards = [self._reward(rollout, prompts[rollout.group]) for rollout in rollouts]
-        advantages = group_advantages(rewards, [rollout.group for rollout in rollouts])
-        by_id = {rollout.rollout_id: value for rollout, value in zip(rollouts, advantages, strict=True)}
-        mixed = {rollout.group for rollout in rollouts if by_id[rollout.rollout_id]}
-        num_groups = len({rollout.group for rollout in rollouts})
-        return by_id, {
-            "outcome/reward": Mean(total=sum(rewards), count=len(rewards)),
-            "outcome/zero_variance_fraction": Mean(total=num_groups - len(mixed), count=num_groups),
-        }
-
-    def _collect(
-        self,
-        prompts: Sequence[StepPrompt],
-        rollouts: Sequence[Rollout],
-        replies: dict[str, Future[ScoreReply]],
-        advantages: dict[str, float],
-    ) -> list[ScoredRollout]:
-        """Waits for every reply. What could not be scored ends the step, or is counted and left out."""
-        if self._settings.drops_unscored:
-            wait(replies.values())
-        else:
-            wait(replies.values(), return_when=FIRST_EXCEPTION)
-            _raise_first_error(replies)
-        scored: list[ScoredRollout] = []
-        for rollout in rollouts:
-            try:
-                reply = replies[rollout.rollout_id].result()
-                scores = self._teachers.accept(rollout, prompts[rollout.group], reply)
-            except OpdError as error:
-                self._drop(rollout, error)
-            else:
-                scored.append(
-                    ScoredRollout(
-                        rollout=rollout,
-                        scores=scores,
-                        supervised_tokens=self._horizon.length if self._horizon else None,
-                        advantage=advantages.get(rollout.rollout_id),
-                        has_entropy_bonus=self._settings.has_entropy_bonus,
-                    )
-                )
-                self.counts += Counts(scored=1)
-        if not scored:
-            raise NonFiniteError("no rollout was scored, so there is nothing to train on; see the warnings above")
-        return scored
-
-    def _drop(self, rollout: Rollout, error: OpdError) -> None:
-        """A retryable error is about the service, not about one rollout, and ends the run in any case."""
-        if error.retryable or not self._settings.drops_unscored:
-            raise type(error)(f"rollout {rollout.rollout_id} was not scored: {error.message}") from error
-        _log.warning("rollout %s is dropped: %s", rollout.rollout_id, error.message)
-        self.counts += Counts(lost=1)
-
-    def _accumulate_gradient(self, scored: Sequence[ScoredRollout]) -> dict[str, Mean]:
-        """Adds up the gradient of the mean over all positions of the step, one micro-batch at a time."""
-        total = denominator(self._settings.aggregation, [item.num_trained_tokens for item in scored])
-        self._optimizer.zero_grad()
-        parts: list[dict[str, Mean]] = []
-        for part in micro_batches(scored, self._settings.max_micro_batch_tokens):
-            batch = build_batch(part, self._student.device)
-            output = self._loss(batch)
-            # The loss has been found finite by now, so a bad micro-batch never reaches the gradient.
-            (output.loss_sum / total).backward()
-            parts.append(output.metrics)
-        return {name: joined(part[name] for part in parts) for name in parts[0]}
 
     def _clip(self) -> float:
         grad_norm = self._optimizer.clip()
@@ -324,34 +282,21 @@ class TrainingLoop:
             raise NonFiniteError(f"the gradient's norm is {grad_norm}; lower optim.lr or look at the last rollouts")
         return grad_norm
 
-
-class StepClock:
-    """Where the seconds of a step went."""
-
-    def __init__(self) -> None:
-        self._begun = self._last = time.perf_counter()
-        self._laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self._laps[name] = now - self._last
-        self._last = now
-
-    def timings_s(self) -> dict[str, float]:
-        return self._laps | {"step": self._last - self._begun}
+    def _update(self) -> float:
+        """Changes the weights, which are of no step until it is done; returns the learning rate."""
+        self.is_updating = True
+        try:
+            lr = self._optimizer.step(self.step)
+        except torch.OutOfMemoryError as error:
+            raise _at_step(self.step + 1, _out_of_memory(error)) from error
+        self.step += 1
+        self.is_updating = False
+        return lr
 
 
-def _raise_first_error(replies: dict[str, Future[ScoreReply]]) -> None:
-    """Ends the wait for the others as soon as one rollout cannot be scored."""
-    for name, future in replies.items():
-        error = future.exception() if future.done() and not future.cancelled() else None
-        if error is None:
-            continue
-        for other in replies.values():
-            other.cancel()
-        if isinstance(error, OpdError):
-            raise type(error)(f"rollout {name} was not scored: {error.message}") from error
-        raise error
+def _index(rollout: Rollout) -> int:
+    """Its place among the rollouts of its step."""
+    return int(rollout.rollout_id.rpartition(".")[2])
 
 
 def _out_of_memory(error: torch.OutOfMemoryError) -> ConfigError:

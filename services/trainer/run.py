@@ -1,7 +1,8 @@
 """The trainer as a process: configuration, signals, exit codes. What a run is made of stands in `assembly.py`.
 
-Exit codes: 0 finished; 1 ended by an error in mid-run; 2 refused before the first step; 3, 130 and 143 ended by an
-alarm, SIGINT and SIGTERM, resumable. Every fault that is not ours is one line on standard error. Nothing heavy is
+Exit codes: 0 finished; 1 ended by an error in mid-run, or before the first step by one that may pass (no Redis, no
+teacher); 2 refused before the first step, as it would be again; 3, 130 and 143 ended by an alarm, SIGINT and SIGTERM,
+resumable. Every fault that is not ours is one line on standard error. Nothing heavy is
 imported before the configuration is accepted.
 """
 
@@ -57,7 +58,8 @@ def _run(settings: TrainSettings, stop: StopSignal, *, resume: bool) -> int:
         with stop.interruptible():
             run = assemble(settings, stop, resume=resume)
     except OpdError as error:
-        return _refuse(error, REFUSED)
+        # Whoever starts runs again, such as a Kubernetes Job, goes by the code.
+        return _refuse(error, FAILED if error.retryable else REFUSED)
     except StopRequested as request:
         _log.info("stopped by %s before the first step", request.signal_name)
         return request.exit_code

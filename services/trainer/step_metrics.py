@@ -6,6 +6,7 @@ sampled.
 """
 
 import dataclasses
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
@@ -15,8 +16,12 @@ import numpy as np
 from services.trainer.batch import ScoredRollout
 from services.trainer.diagnostics import StepDiagnostics, StepSummary
 from services.trainer.evaluation.grading import grade
-from services.trainer.loop import StepPrompt, StepRecord
+from services.trainer.loop import StepRecord
 from services.trainer.objectives.config import SupportWeight
+from services.trainer.step_rollouts import StepPrompt
+
+POLICY_LAG = "rollout/policy_lag"
+"""Steps by which the weights that sampled are older than those that the step changes."""
 
 
 class StepMetrics:
@@ -54,11 +59,15 @@ class StepMetrics:
             )
         diagnostics.add_means(record.losses)
         summary = diagnostics.summary()
+        lags = sorted(float(record.step - 1 - item.rollout.policy_version) for item in record.scored)
         values = summary.values | _step_values(record) | _sent_counts(record) | _teacher_counts(record)
         if self._probe is not None:
             values |= self._probe(record)
         values["timing/metrics"] = time.perf_counter() - begun
-        return dataclasses.replace(summary, values=values)
+        values[POLICY_LAG] = statistics.fmean(lags)
+        # One number for each rollout, where they are not all of the weights that the step changes.
+        samples = {f"{POLICY_LAG}s": lags} if any(lags) else {}
+        return dataclasses.replace(summary, values=values, samples=summary.samples | samples)
 
     def _sample(self, record: StepRecord) -> Container[int]:
         """Indices of the rollouts that are measured in full, at least one; the same again after a resume."""
@@ -78,13 +87,19 @@ def _step_values(record: StepRecord) -> dict[str, float]:
     """Optimizer, tokens, times and speed."""
     timings = {f"timing/{name}": seconds for name, seconds in record.timings_s.items()}
     num_tokens = sum(item.num_response_tokens for item in record.scored)
-    return timings | {
-        "optim/grad_norm": record.grad_norm,
-        "optim/lr": record.lr,
-        "rollout/response_tokens": float(num_tokens),
-        "timing/tokens_per_second": num_tokens / record.timings_s["step"],
-        "timing/rollout_tokens_per_second": num_tokens / record.timings_s["rollout"],
-    }
+    sampling_s = record.timings_s["rollout"]
+    # With a lag the last steps sample nothing.
+    speed = {"timing/rollout_tokens_per_second": num_tokens / sampling_s} if sampling_s else {}
+    return (
+        timings
+        | speed
+        | {
+            "optim/grad_norm": record.grad_norm,
+            "optim/lr": record.lr,
+            "rollout/response_tokens": float(num_tokens),
+            "timing/tokens_per_second": num_tokens / record.timings_s["step"],
+        }
+    )
 
 
 def _sent_counts(record: StepRecord) -> dict[str, float]:

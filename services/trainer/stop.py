@@ -1,8 +1,8 @@
 """How a run is asked to end: SIGTERM and SIGINT, heard only where nothing can be torn.
 
-While rollouts are sampled or replies awaited, a signal ends the step at once; the weights are those of the last
-completed step. During a backward pass, an optimizer step or a checkpoint it is only noted, and acted upon at the next
-such place. A second signal, unless it comes right with the first, ends the process at once.
+While rollouts are sampled, scored and added to the gradient, a signal ends the step at once; the weights are those of
+the last completed step. During an optimizer step or a checkpoint it is only noted, and acted upon at the next such
+place. A second signal, unless it comes right with the first, ends the process at once.
 """
 
 import os

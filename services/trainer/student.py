@@ -215,6 +215,12 @@ class StudentOptimizer:
     def zero_grad(self) -> None:
         self._adamw.zero_grad(set_to_none=True)
 
+    def divide_gradient(self, total: int) -> None:
+        """Makes the sum over a step the mean over `total`."""
+        for _, parameter in self._named:
+            if parameter.grad is not None:
+                parameter.grad.div_(total)
+
     def clip(self) -> float:
         """Scales the gradient to at most `max_grad_norm`; returns its norm before that, finite or not."""
         parameters = [parameter for _, parameter in self._named]

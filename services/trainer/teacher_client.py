@@ -158,38 +158,39 @@ class TeacherClient:
         That is its log-probs at the rollout's sampled and support ids, its own top-k, and entropy.
         """
         wants, asked = self._wants, self._asked(self.info)
-        sending = RolloutJourney.begin(
+        with RolloutJourney.begin(
             rollout, tenant=wants.tenant, teacher=wants.teacher, sampling_s=self._pinned_at_s
-        )
-        return sending.follow(
-            self._client.submit(
-                ScoreRequest(
-                    rollout_id=rollout.rollout_id,
-                    tenant=wants.tenant,
-                    teacher=wants.teacher,
-                    prompt_token_ids=teacher_prompt_token_ids,
-                    response_token_ids=rollout.response_token_ids,
-                    candidate_token_ids=rollout.topk_token_ids if Capability.CANDIDATE_LOGPROBS in asked else None,
-                    score_top_k=wants.score_top_k if Capability.TEACHER_TOP_K in asked else 0,
-                    wants_sampled=Capability.SAMPLED_LOGPROBS in asked,
-                    wants_entropy=Capability.ENTROPY in asked,
-                    wants_hidden_states=Capability.HIDDEN_STATES in asked,
-                    teacher_temperature=wants.teacher_temperature,
-                    encoding=wants.encoding,
-                    batch_invariant=wants.batch_invariant,
-                    timeout_ms=wants.timeout_ms,
-                    teacher_fingerprint=self.info.fingerprint,
-                    traceparent=sending.traceparent,
-                )
+        ) as sending:
+            request = ScoreRequest(
+                rollout_id=rollout.rollout_id,
+                tenant=wants.tenant,
+                teacher=wants.teacher,
+                prompt_token_ids=teacher_prompt_token_ids,
+                response_token_ids=rollout.response_token_ids,
+                candidate_token_ids=rollout.topk_token_ids if Capability.CANDIDATE_LOGPROBS in asked else None,
+                score_top_k=wants.score_top_k if Capability.TEACHER_TOP_K in asked else 0,
+                wants_sampled=Capability.SAMPLED_LOGPROBS in asked,
+                wants_entropy=Capability.ENTROPY in asked,
+                wants_hidden_states=Capability.HIDDEN_STATES in asked,
+                teacher_temperature=wants.teacher_temperature,
+                encoding=wants.encoding,
+                batch_invariant=wants.batch_invariant,
+                timeout_ms=wants.timeout_ms,
+                teacher_fingerprint=self.info.fingerprint,
+                traceparent=sending.traceparent,
             )
-        )
+            return sending.follow(self._client.submit(request))
 
-    def accept(self, rollout: Rollout, reply: ScoreReply) -> Scores:
-        """The scores of a reply that fits; `InternalError` for another shape, `NonFiniteError` for NaN or infinity."""
-        if reply.teacher_fingerprint != self.info.fingerprint:
+    def accept(self, rollout: Rollout, reply: ScoreReply, fingerprint: str | None = None) -> Scores:
+        """The scores of a reply that fits; `InternalError` for another shape, `NonFiniteError` for NaN or infinity.
+
+        `fingerprint` is what was pinned when the rollout was sent, where that may be another by now.
+        """
+        pinned = self.info.fingerprint if fingerprint is None else fingerprint
+        if reply.teacher_fingerprint != pinned:
             raise InternalError(
                 f"rollout {rollout.rollout_id}: scored by teacher {reply.teacher_fingerprint} and not by the pinned "
-                f"{self.info.fingerprint}"
+                f"{pinned}"
             )
         num_positions, num_candidates = rollout.topk_token_ids.shape
         scores, asked = reply.scores, self._asked(self.info)

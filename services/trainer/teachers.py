@@ -54,9 +54,14 @@ class TeacherRouter:
         """As `TeacherClient.send`, of the prompt's teacher."""
         return self._client(prompt).send(rollout, prompt.teacher_prompt_token_ids)
 
-    def accept(self, rollout: Rollout, prompt: TaughtPrompt, reply: ScoreReply) -> Scores:
-        """As `TeacherClient.accept`; another teacher's reply has another fingerprint and is refused."""
-        return self._client(prompt).accept(rollout, reply)
+    def accept(
+        self, rollout: Rollout, prompt: TaughtPrompt, reply: ScoreReply, pinned: Mapping[str, str] | None = None
+    ) -> Scores:
+        """As `TeacherClient.accept`; another teacher's reply has another fingerprint and is refused.
+
+        `pinned` is what `pin` gave before the rollout was sent; None stands for what it gave last.
+        """
+        return self._client(prompt).accept(rollout, reply, None if pinned is None else pinned[prompt.teacher])
 
     def _client(self, prompt: TaughtPrompt) -> TeacherClient:
         try:
@@ -79,6 +84,8 @@ class NoTeachers:
         reply.set_result(ScoreReply(rollout_id=rollout.rollout_id, teacher_fingerprint="", scores=Scores()))
         return reply
 
-    def accept(self, rollout: Rollout, prompt: TaughtPrompt, reply: ScoreReply) -> Scores:
-        del rollout, prompt
+    def accept(
+        self, rollout: Rollout, prompt: TaughtPrompt, reply: ScoreReply, pinned: Mapping[str, str] | None = None
+    ) -> Scores:
+        del rollout, prompt, pinned
         return reply.scores

@@ -50,7 +50,9 @@ def test_nobody_is_root_and_no_installer_is_left(docker: Docker, image: str) -> 
 
 def test_a_teacher_is_healthy_on_a_read_only_root_and_sigterm_drains_it(docker: Docker, start: Start) -> None:
     stack = Stack(docker=docker, folder=Path())
-    teacher = start(TEACHER_IMAGE, options=("--env", "PYTHONPROFILEIMPORTTIME=1"))
+    # As it starts by itself, with traces on: what sends them is in the image too.
+    served = ("model=/models/teacher-post", "http.port=8080", "grpc.port=50051", "tracing.enabled=true")
+    teacher = start(TEACHER_IMAGE, "teacher", "serve", *served, options=("--env", "PYTHONPROFILEIMPORTTIME=1"))
     until(lambda: stack.is_healthy(teacher), 120, "the teacher is healthy")
     # The process itself is number 1, so that Docker's signals reach it and nothing in between.
     arguments = docker.run("exec", teacher, "cat", "/proc/1/cmdline").split("\0")
@@ -72,6 +74,8 @@ def test_a_trainer_is_healthy_and_saves_on_sigterm(docker: Docker, start: Start,
     trainer = start(
         *(TRAINER_IMAGE, "train", f"student.model={TESTBED}/models/student-base", "run_dir=/runs/grpo", "steps=1000"),
         *(f"data.files=['{TESTBED}/data/train.jsonl']", "objective.kind=grpo", "http.port=8081"),
+        # Nobody listens there: spans are lost and nothing else is.
+        "tracing.enabled=true",
         *("rollout.prompts_per_step=2", "rollout.max_prompt_tokens=256", "rollout.max_response_tokens=64"),
         options=("--volume", "/runs"),
     )

@@ -63,8 +63,7 @@ class RolloutEngine(Protocol):
     policy_version: int
     """The weight version stamped on every rollout; set by whoever changes the weights."""
     samples_elsewhere: bool
-    """Whether it computes in another process and from weights of its own, so that training can go on while `sample`
-    waits in a thread; one that samples from the trained module needs the trainer to hold still."""
+    """Whether it decodes in a process of its own, so that the caller may train in `on_finish` without holding it up."""
 
     @property
     def max_context(self) -> int:

@@ -46,7 +46,7 @@ class Recording:
             columns.append(statistics.topk_logprobs_Tk)
             ids.append(statistics.topk_ids_Tk)
         self._ids[rows_N, positions_N] = torch.cat(ids, dim=1).to(torch.int32)
-        self._floats[rows_N, positions_N] = torch.cat(columns, dim=1)
+        self._floats[rows_N, positions_N] = torch.cat(columns, dim=1).to(self._floats.dtype)
 
     def move(self, sources_M: torch.Tensor, targets_M: torch.Tensor) -> None:
         self._ids[targets_M] = self._ids[sources_M]

@@ -69,11 +69,17 @@ def test_rules_hold_on_what_real_processes_expose(installation: Installation, tm
     assert len(prometheus.query("opd_teacher_ready == 1")) == 2
     # Real dead letters, and a replica that does not answer.
     wait_until(lambda: prometheus.alert_states().get("OpdPoolDeadLetters") == "firing", 30)
-    assert prometheus.alert_states().get("OpdTeacherDown") == "pending"
+    wait_until(lambda: prometheus.alert_states().get("OpdTeacherDown") == "pending", 30)
     (letter,) = [alert for alert in prometheus.api("alerts")["alerts"] if alert["state"] == "firing"]
     assert letter["labels"] == {"alertname": "OpdPoolDeadLetters", "severity": "warning", "teacher": "qwen"}
     assert letter["annotations"]["runbook"] == "docs/runbook.md#opdpooldeadletters"
-    wait_until(lambda: prometheus.query("instance:opd_teacher_tokens:rate5m"), 30)
+    # Replicas by what they serve, those that nobody has asked yet among them: what the alert on balance compares.
+    wait_until(lambda: len(prometheus.query("instance:opd_teacher_served_tokens:rate5m")) == 2, 30)
+    served = {found["metric"]["instance"]: found["metric"] for found in prometheus.query("opd_teacher_info")}
+    for found in prometheus.query("instance:opd_teacher_served_tokens:rate5m"):
+        labels = ("job", "teacher", "fingerprint")
+        assert [found["metric"][name] for name in labels] == [served[found["metric"]["instance"]][n] for n in labels]
+    assert {found["teacher"] for found in served.values()} == {"post", "big"}
     loaded = [rule for group in prometheus.api("rules")["groups"] for rule in group["rules"]]
     assert len(loaded) == len(rules()) and {rule["health"] for rule in loaded} == {"ok"}
     assert {rule["name"] for rule in loaded if rule["type"] == "alerting"} == set(alerts())

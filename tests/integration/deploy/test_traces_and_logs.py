@@ -143,7 +143,7 @@ def test_spans_hold_no_tokens_and_no_text(told: Told) -> None:
     names = {name for span in told.spans for name in span.attributes}
     assert names <= {
         "rollout", "tenant", "teacher", "policy_version", "response_tokens", "tokens", "attempt", "batch_requests",
-        "batch_tokens",
+        "batch_tokens", "waited_s",
     }  # fmt: skip
     assert not any(isinstance(value, list | bytes) for span in told.spans for value in span.attributes.values())
 

@@ -42,7 +42,7 @@ class Replica:
             **changes,
         )
         info = fake_info(max_message_bytes=config.grpc.max_message_bytes, max_context=100_000)
-        self.engine, self.readiness = FakeEngine(info), Readiness()
+        self.engine, self.readiness, self.metrics = FakeEngine(info), Readiness(), TeacherMetrics()
         canary = Canary(self.engine)
         assert canary.check().is_sound
         limits = BatchLimits(max_batch_tokens=config.batching.max_batch_tokens)
@@ -51,7 +51,7 @@ class Replica:
             FairBatcher(limits),
             executor,
             readiness=self.readiness,
-            metrics=TeacherMetrics(),
+            metrics=self.metrics,
             replica=name,
             linger_s=0.0,
         )
@@ -60,6 +60,7 @@ class Replica:
             QueueConnection(url, patience_s=config.queue.patience_s),
             self.scoring,
             readiness=self.readiness,
+            metrics=self.metrics,
             replica=name,
         )
         self.readiness.clear(Part.START)

@@ -108,18 +108,18 @@ def test_a_promoted_pool_is_taken_up_at_the_next_step(
     old, new = marks
     promote(redis.url, f"teacher@{old}")
     run_dir = tmp_path / "run"
-    trainer = processes.trainer(redis.url, "steps=12")
+    trainer = processes.trainer(redis.url, "steps=24")
     wait_until(lambda: num_steps(run_dir) >= 3, trainer)
     promote(redis.url, f"teacher@{new}")
     assert finish(trainer) == 0, said(trainer)
-    check_complete(run_dir, 12)
+    check_complete(run_dir, 24)
     first, second = events(run_dir, "teachers")
     assert (first["fingerprints"], second["fingerprints"]) == ({"": old}, {"": new})
     moved_at = second["step"]
     assert (first["step"], moved_at > 3) == (1, True)
     # What each pool was asked is what the steps before and after the move sent: none went to the other.
     assert completed(redis.url, f"teacher@{old}") == 8 * (moved_at - 1)
-    assert completed(redis.url, f"teacher@{new}") == 8 * (12 - moved_at + 1)
+    assert completed(redis.url, f"teacher@{new}") == 8 * (24 - moved_at + 1)
 
 
 def promote(url: str, pool: str) -> None:

@@ -17,6 +17,7 @@ from redis import Redis
 from safetensors.torch import load_file
 
 from opd.queue.embedded import EmbeddedRedis
+from services.trainer.run import FAILED, REFUSED
 from services.trainer.run_log import read_steps
 from tests.unit.trainer.tiny_training import tiny_model, tiny_tokenizer
 
@@ -253,16 +254,16 @@ def same_weights(first: Path, second: Path) -> bool:
     return all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-def refused(trainer: subprocess.Popen[str]) -> str:
+def refused(trainer: subprocess.Popen[str], code: int) -> str:
     """The one line of a run that did not start."""
-    assert finish(trainer) == 2, said(trainer)
+    assert finish(trainer) == code, said(trainer)
     assert "Traceback" not in said(trainer)
     lines: Sequence[str] = said(trainer).splitlines()
     return lines[-1]
 
 
 def test_a_queue_that_is_not_there_is_one_line(processes: Processes, tmp_path: Path) -> None:
-    line = refused(processes.trainer(f"unix://{tmp_path}/nobody.sock", "steps=1"))
+    line = refused(processes.trainer(f"unix://{tmp_path}/nobody.sock", "steps=1"), FAILED)
     assert line.startswith("opd train: redis unix://") and "not reachable" in line
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
@@ -270,10 +271,10 @@ def test_a_queue_that_is_not_there_is_one_line(processes: Processes, tmp_path: P
 def test_a_queue_that_evicts_is_one_line(redis: EmbeddedRedis, processes: Processes) -> None:
     with Redis.from_url(redis.url) as connection:
         connection.config_set("maxmemory-policy", "allkeys-lru")
-    line = refused(processes.trainer(redis.url, "steps=1"))
+    line = refused(processes.trainer(redis.url, "steps=1"), REFUSED)
     assert line.startswith("opd train: redis unix://") and "maxmemory-policy=allkeys-lru could evict requests" in line
 
 
 def test_a_pool_without_a_replica_is_waited_for_and_then_one_line(redis: EmbeddedRedis, processes: Processes) -> None:
-    line = refused(processes.trainer(redis.url, "steps=1", "teacher.wait_s=1"))
+    line = refused(processes.trainer(redis.url, "steps=1", "teacher.wait_s=1"), FAILED)
     assert line.startswith("opd train: teacher pool teacher: no replica within 1 s")

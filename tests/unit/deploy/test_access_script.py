@@ -20,8 +20,7 @@ FILES = {
 }  # fmt: skip
 
 
-def make_access(folder: Path, tenants: str = "demo math") -> dict[str, str]:
-    """Runs it and returns what lies there then."""
+def run_script(folder: Path, tenants: str) -> "subprocess.CompletedProcess[str]":
     environment = {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "PYTHONPATH": str(ROOT),
@@ -29,9 +28,13 @@ def make_access(folder: Path, tenants: str = "demo math") -> dict[str, str]:
         "TENANTS": tenants,
         "POOLS": "teacher-post other",
     }
-    done = subprocess.run(
-        ["sh", str(ROOT / "deploy/docker/access.sh")], env=environment, capture_output=True, text=True, timeout=100
-    )
+    command = ["sh", str(ROOT / "deploy/docker/access.sh")]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+
+
+def make_access(folder: Path, tenants: str = "demo math") -> dict[str, str]:
+    """Runs it and returns what lies there then."""
+    done = run_script(folder, tenants)
     assert done.returncode == 0, done.stderr
     return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
@@ -50,6 +53,13 @@ def test_secrets_are_made_once_and_each_lies_with_its_owner(tmp_path: Path) -> N
     # No secret stands where hashes will do.
     for name in secrets:
         assert second[name].strip() not in second["redis/users.acl"] + second["teacher/tenants.toml"]
+
+
+@pytest.mark.parametrize("name", ["operator", "health"])
+def test_a_tenant_cannot_take_the_name_of_another_user(tmp_path: Path, name: str) -> None:
+    done = run_script(tmp_path, f"demo {name}")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and f"TENANTS: {name} is the name of a Redis user" in done.stderr
 
 
 def test_redis_takes_the_users(tmp_path: Path) -> None:

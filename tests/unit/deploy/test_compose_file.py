@@ -180,6 +180,24 @@ def test_on_gpus_the_teacher_keeps_what_it_has_of_safety() -> None:
     assert GPU_SERVICES["teacher"]["entrypoint"] == ["with-gpus", "${GPUS_PER_REPLICA:-1}", "opd"]
 
 
+def test_on_gpus_replicas_have_the_shared_memory_that_kubernetes_gives_them() -> None:
+    component = yaml.safe_load((ROOT / "deploy/kubernetes/components/gpu-teacher/teacher.yaml").read_text("utf-8"))
+    (limit,) = [
+        volume["emptyDir"]["sizeLimit"]
+        for volume in component["spec"]["template"]["spec"]["volumes"]
+        if volume["name"] == "shared-memory"
+    ]
+    assert GPU_SERVICES["teacher"]["shm_size"] == limit.lower().replace("gi", "gb") == "4gb"
+
+
+def test_a_hub_token_is_a_file_for_whoever_fetches_models_and_nobody_without_one() -> None:
+    (source,) = GPU["secrets"].values()
+    assert filled(source["file"]) == "/dev/null"
+    for name in ("teacher", "trainer", "trainer-b"):
+        assert GPU_SERVICES[name]["secrets"] == list(GPU["secrets"]) == ["hf_token"]
+        assert GPU_SERVICES[name]["environment"]["HF_TOKEN_PATH"] == "/run/secrets/hf_token"
+
+
 def test_every_variable_is_in_the_docs() -> None:
     text = "".join(
         (ROOT / name).read_text(encoding="utf-8") for name in ("docker-compose.yml", "docker-compose.gpu.yml")

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 DOCKER = ROOT / "deploy/docker"
 DOCKERFILES = sorted(DOCKER.glob("Dockerfile.*"))
+SCRIPTS = sorted([*ROOT.glob("deploy/**/*.sh"), *ROOT.glob("scripts/*.sh"), ROOT / ".ci/run"])
 
 
 def tool(name: str) -> str:
@@ -38,16 +39,23 @@ def test_hadolint_would_say_something(tmp_path: Path) -> None:
     assert "DL3006" in said_by(tool("hadolint"), "--no-color", bad)
 
 
-@pytest.mark.parametrize("script", sorted(DOCKER.glob("*.sh")), ids=lambda path: path.name)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck_has_nothing_to_say(script: Path) -> None:
     assert said_by(tool("shellcheck"), script) == ""
+
+
+def test_shellcheck_looks_at_every_script_and_would_say_something(tmp_path: Path) -> None:
+    assert {"secrets.sh", "access.sh", "install.sh", "setup_kubernetes.sh", "run"} <= {path.name for path in SCRIPTS}
+    bad = tmp_path / "bad.sh"
+    bad.write_text("#!/bin/sh\nrm -rf $1/*\n")
+    assert "SC2086" in said_by(tool("shellcheck"), bad)
 
 
 def test_there_are_three_images_and_they_share_what_they_can() -> None:
     assert [path.suffix for path in DOCKERFILES] == [".pool-status", ".teacher-server", ".trainer"]
     pool, teacher, trainer = (_instructions(path) for path in DOCKERFILES)
     up_to_http = pool[: pool.index("RUN sh install.sh core http") + 1]
-    up_to_models = teacher[: teacher.index("RUN sh install.sh models") + 1]
+    up_to_models = teacher[: teacher.index("RUN sh install.sh models tracing") + 1]
     assert teacher[: len(up_to_http)] == up_to_http
     assert trainer[: len(up_to_models)] == up_to_models
 
@@ -76,6 +84,15 @@ def test_versions_stand_where_others_have_them() -> None:
     asked = re.findall(r"^RUN sh install\.sh (.+)$", "\n".join(path.read_text() for path in DOCKERFILES), re.MULTILINE)
     groups = {group for line in asked if not line.startswith("code ") for group in line.split()} - {"core"}
     assert groups <= set(extras)
+
+
+def test_images_of_services_that_trace_have_what_sends_the_spans() -> None:
+    for path in DOCKERFILES:
+        installed = re.findall(r"^RUN sh install\.sh models (.+)$", path.read_text(), re.MULTILINE)
+        # Bytecode too: it is imported only where traces are on, and nothing can be written then.
+        (compiled,) = re.findall(r"^RUN sh install\.sh code (.+)$", "\n".join(_instructions(path)), re.MULTILINE)
+        is_traced = path.suffix != ".pool-status"
+        assert (installed == ["tracing"]) == is_traced == ("opentelemetry.sdk.trace.export" in compiled.split())
 
 
 def test_an_image_holds_code_models_and_nothing_else_of_the_checkout() -> None:

@@ -11,20 +11,15 @@ import typer.main
 import yaml
 from typer.core import TyperGroup
 
-from opd.settings import load_settings
 from opd.wire.pb.teacher_pb2 import DESCRIPTOR
 from services.cli import app
 from services.teacher_server import http_api, pool
-from services.teacher_server.config import TeacherConfig
-from services.teacher_server.pool import PoolConfig
 from services.trainer import http_api as trainer_http_api
-from services.trainer.config import TrainSettings
 from tests.kubernetes import (
     OVERLAYS,
     ROOT,
     Object,
     component,
-    config_file,
     container,
     make_secrets,
     of_component,
@@ -32,6 +27,7 @@ from tests.kubernetes import (
     pod,
     render,
     secrets_of,
+    settings_of,
     workloads,
 )
 
@@ -39,10 +35,9 @@ from tests.kubernetes import (
 pytestmark = pytest.mark.timeout(300)
 
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-SETTINGS: dict[str, Any] = {"teacher": TeacherConfig, "pool-status": PoolConfig, "trainer": TrainSettings}
 HTTP = {"teacher": http_api, "pool-status": pool, "trainer": trainer_http_api}
 # Of libraries; ours are looked for in the code.
-LIBRARY_VARIABLES = {"OMP_NUM_THREADS"}
+LIBRARY_VARIABLES = {"OMP_NUM_THREADS", "HF_TOKEN_PATH"}
 
 
 @pytest.fixture(params=OVERLAYS)
@@ -52,16 +47,6 @@ def objects(request: pytest.FixtureRequest) -> list[Object]:
 
 def ours(objects: list[Object]) -> list[Object]:
     return [workload for workload in workloads(objects) if component(workload) != "redis"]
-
-
-def settings_of(objects: list[Object], workload: Object, folder: Path) -> Any:
-    """What its process reads: the mounted file, then the overrides on its command line."""
-    arguments = container(workload)["args"]
-    path = arguments[arguments.index("--config") + 1]
-    copy = folder / Path(path).name
-    copy.write_text(config_file(objects, workload, path), encoding="utf-8")
-    overrides = [word for word in arguments if "=" in word]
-    return load_settings(SETTINGS[component(workload)], copy, overrides)
 
 
 def dockerfile(image: str) -> str:
@@ -130,7 +115,7 @@ def test_variables_are_read_by_the_code_and_files_they_name_are_mounted(objects:
         for variable in container(workload)["env"]:
             name = variable["name"]
             assert name in LIBRARY_VARIABLES or f'"{name.removesuffix("_FILE")}"' in sources
-            if name.endswith("_FILE"):
+            if name.endswith(("_FILE", "_PATH")):
                 assert variable["value"].rpartition("/")[0] in mounts
 
 
@@ -166,8 +151,8 @@ def test_students_ask_for_pools_that_are_there_and_watched_as_the_tenant_whose_t
     objects: list[Object], tmp_path: Path
 ) -> None:
     pools = {settings_of(objects, found, tmp_path).teacher for found in of_component(objects, "teacher")}
-    (status,) = of_component(objects, "pool-status")
-    assert set(settings_of(objects, status, tmp_path).teachers) == pools
+    watched = [settings_of(objects, status, tmp_path).teachers for status in of_component(objects, "pool-status")]
+    assert {name for names in watched for name in names} == pools
     for trainer in of_component(objects, "trainer"):
         for teacher in settings_of(objects, trainer, tmp_path).teachers_by_name().values():
             assert teacher.pool in pools
@@ -178,6 +163,10 @@ def test_students_ask_for_pools_that_are_there_and_watched_as_the_tenant_whose_t
 def test_secrets_are_those_that_the_script_makes(objects: list[Object], tmp_path: Path) -> None:
     teachers = [settings_of(objects, found, tmp_path).teacher for found in of_component(objects, "teacher")]
     trainers = [settings_of(objects, found, tmp_path).teacher.tenant for found in of_component(objects, "trainer")]
+    (tmp_path / "secrets").mkdir()
+    # What only overlays with models of a hub mount, and only if somebody has laid it there.
+    if "hub-token" in yaml.safe_dump(objects):
+        (tmp_path / "secrets" / "hub.token").write_text("hf_token", encoding="utf-8")
     made = make_secrets(tmp_path / "secrets", teachers, trainers)
     wanted = {name for workload in workloads(objects) for name, _ in secrets_of(workload)}
     assert {secret["metadata"]["name"] for secret in made} == wanted

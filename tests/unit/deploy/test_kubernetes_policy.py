@@ -11,6 +11,7 @@ import yaml
 
 from tests.kubernetes import (
     OVERLAYS,
+    WITHOUT_GPU,
     Object,
     component,
     container,
@@ -153,7 +154,7 @@ def test_only_pods_that_fetch_models_reach_the_world() -> None:
         reached = {
             component(workload) for policy in outward for workload in workloads(objects) if matches(policy, workload)
         }
-        assert reached == (set() if overlay == "cpu-demo" else {"teacher", "trainer"})
+        assert reached == (set() if overlay in WITHOUT_GPU else {"teacher", "trainer"})
 
 
 def test_a_gpu_is_asked_for_where_the_cuda_image_runs() -> None:
@@ -162,6 +163,6 @@ def test_a_gpu_is_asked_for_where_the_cuda_image_runs() -> None:
         for workload in [*of_component(objects, "teacher"), *of_component(objects, "trainer")]:
             main = container(workload)
             has_gpu = main["resources"]["limits"].get("nvidia.com/gpu") == "1"
-            assert has_gpu == main["image"].endswith("-cuda") == (overlay != "cpu-demo")
+            assert has_gpu == main["image"].endswith("-cuda") == (overlay not in WITHOUT_GPU)
             if has_gpu:
                 assert pod(workload)["tolerations"]

@@ -9,26 +9,28 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.kubernetes import MANIFESTS, OVERLAYS, TOOLS, keda_schemas, named, of_kind, render, tool
+from tests.kubernetes import (
+    MANIFESTS,
+    OVERLAYS,
+    TOOLS,
+    VERSIONS,
+    complaints,
+    keda_schemas,
+    named,
+    of_kind,
+    render,
+    tool,
+)
 
 # Tools of some size start, on machines that have other things to do.
 pytestmark = pytest.mark.timeout(300)
 
-# The oldest and the newest that the documentation names.
-VERSIONS = ("1.29", "1.37")
 VALIDATE_KEDA = """
 import {ScaledObject} from "@kubernetes-models/keda/keda.sh/v1alpha1/ScaledObject";
 let text = "";
 for await (const part of process.stdin) text += part;
 new ScaledObject(JSON.parse(text)).validate();
 """
-
-
-def complaints(version: str, *paths: Path) -> str:
-    """Of the strict validator; empty where all files are sound."""
-    command = [tool("kubernetes-validate"), "--strict", "--quiet", "-k", version, *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
-    return "" if done.returncode == 0 else done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -47,6 +49,18 @@ def test_the_validator_refuses_what_is_wrong(tmp_path: Path, key: str, value: ob
     path = tmp_path / "wrong.yaml"
     path.write_text(yaml.safe_dump(teacher | {"spec": teacher["spec"] | {key: value}}))
     assert key in complaints(VERSIONS[-1], path)
+
+
+def test_the_oldest_version_knows_what_ends_a_job_at_once(tmp_path: Path) -> None:
+    """A key that a version does not know is dropped by its servers: the Job would be tried again and again."""
+    job = named(render("cpu-demo"), "Job", "opd-trainer")
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job))
+    assert complaints(VERSIONS[0], path) == ""
+    (rule,) = [rule for rule in job["spec"]["podFailurePolicy"]["rules"] if rule["action"] == "FailJob"]
+    rule["onExitCode"] = rule.pop("onExitCodes")
+    path.write_text(yaml.safe_dump(job))
+    assert "onExitCode" in complaints(VERSIONS[0], path)
 
 
 def keda_complaints(scaled_object: dict[str, Any]) -> str:

@@ -6,6 +6,8 @@ import subprocess
 
 import yaml
 
+from opd.errors import known_codes
+from services.teacher_server.http_gate import STATUS as HTTP_STATUS
 from tests.unit.deploy.monitoring import (
     DASHBOARDS,
     PROMETHEUS,
@@ -38,14 +40,14 @@ def test_every_rule_does_what_its_tests_say() -> None:
 
 
 def test_every_alert_is_tested_where_it_fires_and_where_it_does_not() -> None:
-    names = []
+    found_cases = set()
     for path in (PROMETHEUS / "tests").glob("*.yml"):
         for test in yaml.safe_load(path.read_text(encoding="utf-8"))["tests"]:
             for check in test["promql_expr_test"]:
                 found = re.search(r'ALERTS\{alertname="(\w+)"', check["expr"])
                 if found:
-                    names.append((found[1], bool(check["exp_samples"])))
-    assert sorted(names) == sorted((name, fires) for name in alerts() for fires in (True, False))
+                    found_cases.add((found[1], bool(check["exp_samples"])))
+    assert found_cases == {(name, fires) for name in alerts() for fires in (True, False)}
 
 
 def test_expressions_name_only_metrics_that_exist() -> None:
@@ -69,10 +71,21 @@ def test_expressions_ask_for_labels_that_the_metrics_have() -> None:
     for expression in [rule["expr"] for rule in rules()] + dashboard_expressions():
         plain = RECORDED.sub("", expression)
         labels = {label for name in re.findall(r"\bopd_\w+", plain) for label in documented.get(name, ("", ()))[1]}
-        asked = {label for group in re.findall(r"\bby \(([^)]*)\)", plain) for label in re.split(r",\s*", group)}
+        asked = {label for group in re.findall(r"\b(?:by|on) \(([^)]*)\)", plain) for label in re.split(r",\s*", group)}
         asked |= set(re.findall(r"[{,]\s*(\w+)\s*=~?", plain))
         if "opd_" in plain:
             assert asked <= labels | outside, expression
+
+
+def test_alerts_about_errors_ask_for_codes_that_a_teacher_tells() -> None:
+    asked: list[str] = []
+    for rule in rules():
+        for codes in re.findall(r'opd_teacher_errors_total\{code=~"([^"]*)"', rule["expr"]):
+            asked += codes.split("|")
+    assert sorted(asked) == sorted(set(asked)) and set(asked) <= set(known_codes())
+    # Over capacity, late or going down is no fault of a request's and no fault of ours.
+    not_asked = {"over_capacity", "deadline_exceeded", "unavailable", "queue_unavailable", "vocabulary_mismatch"}
+    assert set(HTTP_STATUS) - set(asked) == not_asked
 
 
 def test_every_alert_has_a_severity_and_leads_to_its_section_of_the_runbook() -> None:

@@ -3,7 +3,7 @@
 import json
 import logging
 
-from opd.logs import REQUEST_LOG, JsonFormatter, bound, configure_logging
+from opd.logs import REQUEST_LOG, JsonFormatter, bound, bound_fields, configure_logging
 
 
 def test_a_line_is_json_with_its_extras() -> None:
@@ -33,6 +33,16 @@ def test_what_is_bound_stands_in_every_line_within_and_replaces_nothing_of_the_l
     assert (entry["tenant"], entry["rollout"], entry["policy_version"]) == ("code", 'a"\n', 3)
     assert (entry["message"], entry["level"]) == ("said", "info")
     assert "rollout" not in json.loads(JsonFormatter().format(record))
+
+
+def test_what_becomes_known_later_stands_in_the_lines_from_then_on_and_nowhere_else() -> None:
+    record = logging.makeLogRecord({"name": "opd", "levelname": "INFO", "msg": "said"})
+    with bound(request="a"):
+        with bound() as fields:
+            fields["rollout"] = "run.0.1"
+            assert json.loads(JsonFormatter().format(record))["rollout"] == "run.0.1"
+            assert dict(bound_fields()) == {"request": "a", "rollout": "run.0.1"}
+        assert "rollout" not in json.loads(JsonFormatter().format(record))
 
 
 def test_requests_are_logged_only_where_asked_for() -> None:

@@ -36,6 +36,13 @@ def test_only_known_tenants_are_told_apart_once_they_are_known() -> None:
     assert "code" not in text.split("opd_teacher_errors")[0] and 'tenant="math"} 20.0' in text
 
 
+def test_a_replica_says_what_it_serves_once_it_knows() -> None:
+    metrics = TeacherMetrics()
+    assert b"opd_teacher_info{" not in metrics.render()
+    metrics.know_teacher("qwen", "0123abcd")
+    assert b'opd_teacher_info{fingerprint="0123abcd",teacher="qwen"} 1.0' in metrics.render()
+
+
 async def test_blocking_code_shows_up_as_lag() -> None:
     metrics = TeacherMetrics()
     task = asyncio.create_task(watch_loop_lag(metrics.loop_lag_seconds, 0.1))

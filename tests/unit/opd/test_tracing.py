@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from opd import tracing
+from opd.errors import InvalidRequestError
 from opd.types import ScoreRequest, policy_version_of
 from opd.wire import messages
 from opd.wire.pb import teacher_pb2 as pb
+from tests.observers import Traced
 
 ROOT = Path(__file__).parents[3]
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -79,3 +81,45 @@ def test_a_context_that_is_none_is_left_out_and_refuses_nothing(text: str) -> No
 )
 def test_the_policy_version_stands_in_a_rollouts_id(rollout_id: str, version: int | None) -> None:
     assert policy_version_of(rollout_id) == version
+
+
+class Closing(str):
+    """A trace context that ends the tracing at the moment it is looked at, as another thread may."""
+
+    traced: Traced
+
+    def __eq__(self, other: object) -> bool:
+        self.traced.spans()
+        return super().__eq__(other)
+
+    __hash__ = str.__hash__
+
+    def __bool__(self) -> bool:
+        self.traced.spans()
+        return len(self) > 0
+
+
+@pytest.mark.parametrize("kind", ["begin", "record"])
+def test_tracing_that_ends_while_a_span_begins_is_no_fault(kind: str) -> None:
+    parent = Closing(PARENT)
+    parent.traced = traced = Traced()
+    try:
+        assert tracing.is_on()
+        if kind == "begin":
+            tracing.begin("a", parent=parent).end()
+        else:
+            tracing.record("a", parent=parent, start_s=0.0, end_s=1.0)
+        assert not tracing.is_on()
+    finally:
+        traced.close()
+
+
+def test_a_span_ends_once_with_the_first_error_it_was_told() -> None:
+    traced = Traced()
+    try:
+        with pytest.raises(ValueError, match="b"), tracing.begin("outer", parent=None) as span:
+            span.end(InvalidRequestError("a"))
+            raise ValueError("b")
+        assert [found.error for found in traced.spans()] == ["invalid_request"]
+    finally:
+        traced.close()

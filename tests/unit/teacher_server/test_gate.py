@@ -61,6 +61,7 @@ class Service:
         add_tenant(self.tenants, "math", MATH, hidden_states=False, **rights)
         add_tenant(self.tenants, "code", CODE, hidden_states=True, **rights)
         self.engine, readiness, metrics = FakeEngine(), Readiness(), TeacherMetrics()
+        self.readiness, self.metrics = readiness, metrics
         self.registry = TenantRegistry(self.tenants, sound=Gauge("s", "s", registry=CollectorRegistry()))
         self.scoring = TeacherScoring(
             GuardedEngine(self.engine, Canary(self.engine)),
@@ -74,7 +75,7 @@ class Service:
         slot, gate = ScoringSlot(), Gate(self.registry)
         slot.fill(self.scoring)
         readiness.clear(Part.START)
-        self.grpc = GrpcServer(GrpcSettings(tls=grpc_tls), slot, readiness, gate)
+        self.grpc = GrpcServer(GrpcSettings(tls=grpc_tls), slot, readiness, gate, metrics=metrics)
         self.http = HttpServer(create_app(slot, readiness, metrics, http, gate), http)
         self.grpc_port = self.http_port = 0
 

@@ -43,19 +43,19 @@ class Service:
         self.engine = FakeEngine(fake_info(max_message_bytes=settings.max_message_bytes, max_context=100_000))
         canary = Canary(self.engine)
         assert canary.check().is_sound
-        self.readiness = Readiness()
+        self.readiness, self.metrics = Readiness(), TeacherMetrics()
         self.scoring = TeacherScoring(
             GuardedEngine(self.engine, canary),
             FairBatcher(limits),
             executor,
             readiness=self.readiness,
-            metrics=TeacherMetrics(),
+            metrics=self.metrics,
             replica=replica,
             linger_s=0.0,
         )
         self.slot = ScoringSlot()
         self.slot.fill(self.scoring)
-        self.server = GrpcServer(settings, self.slot, self.readiness)
+        self.server = GrpcServer(settings, self.slot, self.readiness, metrics=self.metrics)
         self.port = 0
 
     @property
@@ -244,7 +244,8 @@ async def test_reflection_lists_the_services() -> None:
 
 async def test_a_taken_port_is_one_line() -> None:
     async with serving() as (service, _):
-        second = GrpcServer(GrpcSettings(port=service.port), service.slot, service.readiness)
+        settings = GrpcSettings(port=service.port)
+        second = GrpcServer(settings, service.slot, service.readiness, metrics=service.metrics)
         with pytest.raises(ConfigError, match=rf"grpc\.port={service.port}: cannot listen"):
             await second.start()
         await second.stop(0)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,9 @@ from opd.types import Capability, ScoreRequest, Scores, SharedHead
 from opd.wire.messages import request_to_proto
 from opd.wire.pb import teacher_pb2 as pb
 from opd.wire.pb.teacher_pb2_grpc import TeacherServiceStub, add_TeacherServiceServicer_to_server
+from services.teacher_server.gate import Gate
 from services.teacher_server.grpc_api import TeacherServicer
+from services.teacher_server.grpc_gate import GateInterceptor
 from tests.unit.teacher_server.fake_engine import FakeEngine, fake_info, until
 from tests.unit.teacher_server.test_grpc_api import Service, serving
 from tests.unit.teacher_server.tiny_teachers import make_request
@@ -76,7 +78,7 @@ async def serving_hidden(
     """The service of the other tests with this engine, and chunks of 200 bytes on a port beside it."""
     monkeypatch.setattr("tests.unit.teacher_server.test_grpc_api.FakeEngine", lambda _info: HiddenEngine())
     async with serving() as (service, _):
-        server = grpc.aio.server()
+        server = grpc.aio.server(interceptors=(GateInterceptor(Gate(), service.metrics, max_calls=100),))
         servicer = make_servicer(service.slot, chunk_bytes=200)
         add_TeacherServiceServicer_to_server(servicer, server)
         port = server.add_insecure_port("127.0.0.1:0")
@@ -149,9 +151,8 @@ async def test_the_head_arrives_as_a_file_that_others_can_read(monkeypatch: pyte
 class DenyingServicer(TeacherServicer):
     """Says no before anything is handled, as whoever judges rights does."""
 
-    async def ScoreStream(self, request: Any, context: Any) -> AsyncIterator[Any]:
+    async def ScoreStream(self, request: Any, context: Any) -> None:
         await self._deny(context)
-        yield
 
     async def GetOutputHead(self, request: Any, context: Any) -> AsyncIterator[Any]:
         await self._deny(context)
@@ -233,25 +234,39 @@ class CuttingServicer(TeacherServicer):
         self.in_silence = in_silence
         self.offsets: list[int] = []
 
-    async def ScoreStream(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        async for message in self._cut(super().ScoreStream(request, context), context):
-            yield message
+    async def ScoreStream(self, request: Any, context: Any) -> None:
+        with suppress(Silence):
+            await super().ScoreStream(request, CutContext(self, context))
 
-    async def GetOutputHead(self, request: Any, context: Any) -> AsyncIterator[Any]:
+    async def GetOutputHead(self, request: Any, context: Any) -> None:
         self.offsets.append(request.offset_bytes)
-        async for message in self._cut(super().GetOutputHead(request, context), context):
-            yield message
+        cut = CutContext(self, context)
+        async for message in super().GetOutputHead(request, context):
+            await cut.write(message)
 
-    async def _cut(self, messages: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-        count = 0
-        async for message in messages:
-            if self.num_cuts > 0 and count == 3:
-                self.num_cuts -= 1
-                if self.in_silence:
-                    return
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
-            count += 1
-            yield message
+
+class Silence(Exception):
+    """Ends a stream as if it were whole."""
+
+
+class CutContext:
+    """A call's context that lets three messages through."""
+
+    def __init__(self, servicer: CuttingServicer, context: Any) -> None:
+        self._servicer, self._context = servicer, context
+        self._num_written = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def write(self, message: Any) -> None:
+        if self._servicer.num_cuts > 0 and self._num_written == 3:
+            self._servicer.num_cuts -= 1
+            if self._servicer.in_silence:
+                raise Silence
+            await self._context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+        self._num_written += 1
+        await self._context.write(message)
 
 
 @pytest.mark.parametrize("in_silence", [False, True])

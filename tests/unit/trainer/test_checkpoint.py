@@ -4,7 +4,7 @@ import json
 import random
 import resource
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,22 +114,68 @@ def test_a_broken_record_names_the_file(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep_last=1)
     folder = save(store, 1)
     (folder / "trainer/state.json").write_text("{", encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"^checkpoint .*step-000001/trainer/state\.json: cannot be read"):
+    message = r"^none of the 1 checkpoints .*step-000001/trainer/state\.json: cannot be read"
+    with pytest.raises(CheckpointError, match=message):
         store.latest()
     record = {"format": 99, "step": 1, "seed": 0, "prompts_digest": "", "config": {}}
     (folder / "trainer/state.json").write_text(json.dumps(record), encoding="utf-8")
-    with pytest.raises(CheckpointError, match="is of another format than 1"):
+    with pytest.raises(CheckpointError, match="is of another format than 1; resume with the version it is of"):
         store.latest()
 
 
-def test_broken_optimizer_tensors_name_the_file(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, keep_last=1)
-    folder = save(store, 1)
-    (folder / "trainer/optimizer.safetensors").write_bytes(b"\xff" * 20)
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: flip_a_bit(folder / "model.safetensors"),
+        lambda folder: (folder / "trainer/optimizer.safetensors").write_bytes(b""),
+        lambda folder: (folder / "trainer/random.safetensors").unlink(),
+        lambda folder: (folder / "trainer/state.json").write_text("{", encoding="utf-8"),
+        lambda folder: flip_a_bit(folder / "tokenizer.json"),
+    ],
+    ids=["a bit of the weights", "an empty file", "a missing file", "half a record", "the tokenizer"],
+)
+def test_a_damaged_checkpoint_is_passed_over_with_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, spoil: Callable[[Path], object]
+) -> None:
+    store = CheckpointStore(tmp_path, keep_last=2)
+    folders = [save(store, step) for step in (1, 2)]
+    spoil(folders[1])
     found = store.latest()
-    assert found is not None
-    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: cannot be read"):
-        found.optimizer_tensors()
+    assert found is not None and found.folder == folders[0]
+    assert "checkpoint" in caplog.text and str(folders[1]) in caplog.text and "it is passed over" in caplog.text
+    spoil(folders[0])
+    with pytest.raises(CheckpointError, match=r"^none of the 2 checkpoints in .* can be used; the oldest: checkpoint"):
+        store.latest()
+    # Taking the step again replaces what was damaged.
+    save(store, 2)
+    again = store.latest()
+    assert again is not None and again.state.step == 2
+
+
+def test_a_record_from_before_there_were_digests_is_read(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=1)
+    path = save(store, 3) / "trainer/state.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert set(record.pop("sha256")) > {"model.safetensors", "trainer/optimizer.safetensors", "tokenizer.json"}
+    path.write_text(json.dumps(record), encoding="utf-8")
+    found = store.latest()
+    assert found is not None and found.state.step == 3
+
+
+def test_what_a_killed_write_has_left_is_cleared_away(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=1)
+    left_over = tmp_path / ".partial-step-000001"
+    left_over.mkdir()
+    (left_over / "model.safetensors").write_bytes(b"x")
+    assert store.latest() is None
+    save(store, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
 
 
 @contextmanager

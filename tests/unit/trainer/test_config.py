@@ -52,6 +52,12 @@ def test_defaults_are_those_of_table_2() -> None:
         ("rollout.top_k=0", r"^rollout\.top_k=0: is no number of tokens; give 1 or more, or -1 for all$"),
         ("rollout.temperature=0", r"^rollout\.temperature=0: input should be greater than 0$"),
         ("http.port=70000", r"^http\.port=70000: input should be less than or equal to 65535$"),
+        ("pipeline.mode=lazy", r"^pipeline\.mode='lazy': input should be 'streaming' or 'sequential'$"),
+        ("pipeline.max_policy_lag=3", r"^pipeline\.max_policy_lag=3: input should be less than or equal to 2$"),
+        (
+            "pipeline.max_policy_lag=1",
+            r"^pipeline\.max_policy_lag=1: .*; set objective\.staleness_cap",
+        ),
         ("data.overlong=cut", r"^data\.overlong='cut': input should be 'filter' or 'refuse'$"),
         ("data.files=[]", r"^data\.files=\[\]: is empty; give the files that hold the prompts$"),
         ("evaluation.every_steps=5", r"^evaluation\.every_steps=5 has nothing to evaluate on; set evaluation\.files$"),
@@ -195,3 +201,20 @@ def test_a_configuration_is_refused_before_anything_heavy_is_imported() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=30, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("further", "message"),
+    [
+        (
+            "pipeline.mode=sequential",
+            r"^pipeline\.max_policy_lag=1 with mode=sequential: .* set pipeline\.mode=streaming",
+        ),
+        ("deterministic=true", r"^pipeline\.max_policy_lag=1 with deterministic=true: .* set one of them back$"),
+    ],
+)
+def test_a_lag_is_refused_where_it_cannot_be(further: str, message: str) -> None:
+    lagged = ["pipeline.max_policy_lag=1", "objective.staleness_cap=2"]
+    assert load(*lagged).pipeline.max_policy_lag == 1
+    with pytest.raises(ConfigError, match=message):
+        load(*lagged, further)

@@ -86,9 +86,9 @@ def test_scores_are_asked_for_while_others_decode_and_the_optimizer_comes_last()
     record = run(setup)[0]
     lines = journal.lines
     # Every request leaves before the engine returns: scoring overlaps decoding.
-    assert lines[0] == "sample"
-    assert lines[1:9] == ["send"] * 8
-    assert lines[9:11] == ["sampled", "zero_grad"]
+    assert lines[:2] == ["zero_grad", "sample"]
+    assert lines[2:10] == ["send"] * 8
+    assert lines[10] == "sampled"
     assert set(lines[11:-1]) == {"loss"} and len(lines[11:-1]) > 1
     assert lines[-1] == "optimizer"
     assert record.counts == dataclasses.replace(record.counts, sent=8, scored=8, lost=0)
@@ -131,10 +131,11 @@ def test_a_rollout_of_another_version_is_refused() -> None:
         loop.run_step()
 
 
-def gradient_of(model: Any, scored: list[ScoredRollout], max_tokens: int, objective: ObjectiveConfig) -> torch.Tensor:
+def gradient_of(
+    model: Any, scored: list[ScoredRollout], max_tokens: int, objective: ObjectiveConfig, *, streams: bool = False
+) -> torch.Tensor:
     setup = Setup(student_model=model, max_micro_batch_tokens=max_tokens, objective=objective)
-    setup.loop()._accumulate_gradient(scored)
-    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    return setup.accumulate(scored, streams=streams)
 
 
 @pytest.mark.parametrize(
@@ -157,8 +158,9 @@ def test_the_gradient_does_not_depend_on_micro_batches(
     model = tiny_model(1).to(dtype)
     whole = gradient_of(model, scored, 10_000, objective)
     for max_tokens, order in ((1, 1), (40, -1), (64, 1)):
-        split = gradient_of(model, scored[::order], max_tokens, objective)
-        assert (split - whole).norm() <= tolerance * whole.norm()
+        for streams in (False, True):
+            split = gradient_of(model, scored[::order], max_tokens, objective, streams=streams)
+            assert (split - whole).norm() <= tolerance * whole.norm()
     assert whole.norm() > 1e-3
 
 
@@ -209,7 +211,7 @@ def test_a_non_finite_student_stops_the_step_before_the_optimizer() -> None:
     before = setup.parameters()
     named = r"^the student's log-probs at response position 0 of rollout run\.0\.\d are not finite$"
     with pytest.raises(NonFiniteError, match=named):
-        loop._accumulate_gradient(scored)
+        setup.accumulate(scored)
     assert all(parameter.grad is None for parameter in setup.student_model.parameters())
     assert torch.equal(setup.parameters().nan_to_num(), before.nan_to_num())
 

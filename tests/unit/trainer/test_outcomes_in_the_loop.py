@@ -14,10 +14,11 @@ from services.trainer.batch import ScoredRollout
 from services.trainer.config import OptimSettings
 from services.trainer.diagnostics import Mean
 from services.trainer.horizon import Horizon
-from services.trainer.loop import StepPrompt, StepRecord
+from services.trainer.loop import StepRecord
 from services.trainer.objectives.config import HorizonConfig, ObjectiveConfig, SupportWeight
 from services.trainer.objectives.outcome import group_advantages
 from services.trainer.step_metrics import StepMetrics
+from services.trainer.step_rollouts import StepPrompt
 from tests.unit.trainer.tiny_training import EOS, Setup, tiny_model
 
 GRPO = ObjectiveConfig(kind="grpo", score_top_k=6)
@@ -72,8 +73,7 @@ def test_the_gradient_is_that_of_the_advantages_over_all_tokens() -> None:
     assert [item.advantage for item in scored] == pytest.approx(advantages) and any(advantages)
     by_id = {item.rollout.rollout_id: value for item, value in zip(scored, advantages, strict=True)}
     setup.student_model.load_state_dict({name: value.float() for name, value in before.state_dict().items()})
-    setup.loop()._accumulate_gradient(scored)
-    found = torch.cat([parameter.grad.flatten() for parameter in setup.student_model.parameters()])
+    found = setup.accumulate(scored)
     expected = gradient_by_hand(before, scored, by_id)
     assert (found.double() - expected).norm() <= 1e-4 * expected.norm()
 
@@ -146,8 +146,7 @@ def test_beyond_the_horizon_the_outcome_trains_and_the_teacher_does_not() -> Non
     gradients = []
     for items in (list(record.scored), silent):
         setup.student_model.load_state_dict({name: value.float() for name, value in before.state_dict().items()})
-        setup.loop()._accumulate_gradient(items)
-        gradients.append(torch.cat([p.grad.flatten() for p in setup.student_model.parameters()]).clone())
+        gradients.append(setup.accumulate(items).clone())
     assert (gradients[0] - gradients[1]).norm() > 1e-3 and gradients[1].norm() > 1e-3
 
 

@@ -7,9 +7,10 @@ import pytest
 
 from services.trainer.batch import ScoredRollout
 from services.trainer.diagnostics import Mean
-from services.trainer.loop import Counts, StepRecord
+from services.trainer.loop import StepRecord
 from services.trainer.objectives.config import ObjectiveConfig, SupportWeight
 from services.trainer.step_metrics import StepMetrics
+from services.trainer.step_rollouts import Counts
 from tests.unit.trainer.test_batch import scored
 from tests.unit.trainer.tiny_training import Setup, TinyPrompt, reverse_kl
 
@@ -19,7 +20,7 @@ NEEDED = {
     *("distill/overlap_mass_student", "distill/overlap_mass_teacher", "distill/mass99_overlap"),
     *("distill/extreme_prob_gap", "distill/empty_overlap_fraction"),
     *("loss/reverse_kl", "loss/objective", "optim/grad_norm", "optim/lr"),
-    *("rollout/response_length", "rollout/truncated_fraction", "rollout/sampled_reverse_kl"),
+    *("rollout/response_length", "rollout/truncated_fraction", "rollout/sampled_reverse_kl", "rollout/policy_lag"),
     *("queue/rollouts_sent", "queue/rollouts_scored", "queue/rollouts_lost"),
     *("timing/rollout", "timing/score_wait", "timing/forward_backward", "timing/optimizer", "timing/publish"),
     *("timing/step", "timing/tokens_per_second", "timing/metrics"),
@@ -39,6 +40,7 @@ def test_every_metric_of_the_contract_is_there(step: StepRecord) -> None:
     assert set(summary.values) >= NEEDED
     assert "outcome/accuracy" not in summary.values
     assert all(math.isfinite(value) for value in summary.values.values())
+    assert summary.values["rollout/policy_lag"] == 0 and "rollout/policy_lags" not in summary.arrays
     assert sum(summary.arrays["distill/overlap_ratio/by_position/count"]) == num_positions(step.scored)
 
 
@@ -85,6 +87,19 @@ def test_counts_speed_and_optimizer_are_passed_on() -> None:
     assert (values["queue/rollouts_sent"], values["queue/rollouts_scored"], values["queue/rollouts_lost"]) == (4, 3, 1)
     assert (values["optim/grad_norm"], values["optim/lr"], values["loss/objective"]) == (2.5, 0.125, 1.5)
     assert (values["timing/tokens_per_second"], values["timing/rollout_tokens_per_second"]) == (1.0, 2.0)
+
+
+def test_the_age_of_the_weights_is_told_of_each_rollout() -> None:
+    items = [scored(name, [5], [8, 9]) for name in "abc"]
+    items = [
+        dataclasses.replace(item, rollout=dataclasses.replace(item.rollout, policy_version=version))
+        for item, version in zip(items, (6, 4, 5), strict=True)
+    ]
+    prompt = TinyPrompt(prompt_token_ids=items[0].rollout.prompt_token_ids, teacher_prompt_token_ids=None)
+    late = dataclasses.replace(record(items, [prompt]), step=7)
+    summary = StepMetrics(weight=SupportWeight.STUDENT, decode=None).summarize(late)
+    assert summary.values["rollout/policy_lag"] == 1.0
+    assert summary.arrays["rollout/policy_lags"] == [0.0, 1.0, 2.0]
 
 
 def test_rollouts_are_graded_where_the_answer_is_known() -> None:

@@ -13,13 +13,16 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from opd.types import Capability, Encoding, Ids, ScoreReply, ScoreRequest, Scores, TeacherInfo
 from opd.vocabulary import Vocabulary
+from services.trainer.batch import ScoredRollout
 from services.trainer.config import OptimSettings
 from services.trainer.loop import LoopSettings, TrainingLoop
 from services.trainer.loss import DistillLoss
 from services.trainer.objectives.config import ObjectiveConfig
 from services.trainer.objectives.dispatch import build_objective
+from services.trainer.pipeline import PipelineMode
 from services.trainer.rollout.base import SamplingParams
 from services.trainer.rollout.transformers_engine import TransformersEngine
+from services.trainer.step_gradient import StepGradient
 from services.trainer.student import Student, StudentOptimizer
 from services.trainer.teacher_client import ScoreWants, TeacherClient
 from services.trainer.teachers import NoTeachers, TeacherRouter
@@ -179,6 +182,9 @@ class Setup:
     engine: Any = None
     reward: Any = None
     horizon: Any = None
+    mode: PipelineMode = PipelineMode.STREAMING
+    max_policy_lag: int = 0
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         self.student_model = self.student_model or tiny_model(1)
@@ -214,6 +220,9 @@ class Setup:
             aggregation=self.objective.aggregation,
             has_entropy_bonus=self.objective.entropy_bonus > 0,
             drops_unscored=self.drops_unscored,
+            mode=self.mode,
+            max_policy_lag=self.max_policy_lag,
+            deterministic=self.deterministic,
         )
         return TrainingLoop(
             settings,
@@ -228,6 +237,22 @@ class Setup:
             horizon=self.horizon,
             first_step=self.first_step,
         )
+
+    def accumulate(self, scored: Sequence[ScoredRollout], *, streams: bool = False) -> torch.Tensor:
+        """The gradient of the mean over these, in one vector: cut by length, or as they come where it `streams`."""
+        gradient = StepGradient(
+            self.student,
+            self.loss,
+            self.optimizer,
+            max_tokens=self.max_micro_batch_tokens,
+            aggregation=self.objective.aggregation,
+        )
+        if streams:
+            gradient.train_full(scored)
+        else:
+            gradient.hold(scored)
+        gradient.finish()
+        return torch.cat([parameter.grad.flatten() for parameter in self.student_model.parameters()])
 
     def parameters(self) -> torch.Tensor:
         """Every weight in one vector."""

@@ -1,0 +1,75 @@
+"""The gradient of one step, added up over its parts as they come and divided once, when all are known.
+
+Each part adds the gradient of its loss as a sum; what the mean is over is only known at the end, since a rollout may
+still be lost. Divided and not yet clipped it is the gradient of the mean over the whole step, whatever the parts were
+and in whichever order they came, up to rounding in fp32.
+"""
+
+from collections.abc import Iterable
+
+from services.trainer.batch import ScoredRollout, build_batch, micro_batches
+from services.trainer.diagnostics.means import Mean, joined
+from services.trainer.loss import DistillLoss
+from services.trainer.objectives.aggregation import denominator
+from services.trainer.objectives.config import Aggregation
+from services.trainer.step_rollouts import require_some
+from services.trainer.student import Student, StudentOptimizer
+
+
+class StepGradient:
+    """Takes scored rollouts in any order; `finish` leaves the gradient of their mean in the student's parameters."""
+
+    def __init__(
+        self,
+        student: Student,
+        loss: DistillLoss,
+        optimizer: StudentOptimizer,
+        *,
+        max_tokens: int,
+        aggregation: Aggregation = Aggregation.TOKEN_MEAN,
+    ) -> None:
+        """`max_tokens` is the most of one forward and backward pass."""
+        self.trained: list[ScoredRollout] = []
+        self._student = student
+        self._loss = loss
+        self._optimizer = optimizer
+        self._max_tokens = max_tokens
+        self._aggregation = aggregation
+        self._waiting: list[ScoredRollout] = []
+        self._metrics: list[dict[str, Mean]] = []
+        optimizer.zero_grad()
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether rollouts wait for a part to be full."""
+        return bool(self._waiting)
+
+    def hold(self, scored: Iterable[ScoredRollout]) -> None:
+        """Keeps them for `train_rest`, which cuts all of a step into parts by length."""
+        self._waiting += scored
+
+    def train_full(self, scored: Iterable[ScoredRollout]) -> None:
+        """Trains every part that these fill, cut where the next rollout no longer fits."""
+        for item in scored:
+            if len(micro_batches([*self._waiting, item], self._max_tokens)) > 1:
+                self.train_rest()
+            self._waiting.append(item)
+
+    def train_rest(self) -> None:
+        """Trains what waits, full or not."""
+        waiting, self._waiting = self._waiting, []
+        for part in micro_batches(waiting, self._max_tokens):
+            output = self._loss(build_batch(part, self._student.device))
+            # The loss has been found finite by now, so a bad part never reaches the gradient.
+            output.loss_sum.backward()
+            self._metrics.append(output.metrics)
+            self.trained += part
+
+    def finish(self) -> dict[str, Mean]:
+        """Divides by what was trained; the losses as means. `NonFiniteError` where nothing was."""
+        self.train_rest()
+        require_some(len(self.trained))
+        self._optimizer.divide_gradient(
+            denominator(self._aggregation, [item.num_trained_tokens for item in self.trained])
+        )
+        return {name: joined(part[name] for part in self._metrics) for name in self._metrics[0]}
