@@ -134,8 +134,9 @@ def _finished(call: int, sampled: Sampled, version: int | None) -> Message:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The trainer owns signals: Ctrl-C in a terminal reaches both, and the trainer still has to save."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """The trainer owns signals: Ctrl-C and a stop of the whole group reach both, and the trainer ends the step first."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     Worker(Channel(Connection(int(arguments[0])))).run()
     # The weights are the trainer's and nothing else is to be kept; vLLM takes seconds to take itself apart.
     sys.stdout.flush()

@@ -28,6 +28,10 @@ def test_kill_9_of_the_engine_is_a_typed_error_and_leaves_nothing(mark: str, tmp
         stand = open_stand(opened, tmp_path, bundled_model("student-base"), num_defined_ids=512)
         weights_folder = stand.folder.path
         assert marked_processes(mark) == {stand.process.pid}
+        # What ends an orderly trainer is the trainer's to act on.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(stand.process.pid, number)
+        assert len(stand.engine.sample(requests(2), SamplingParams(max_response_tokens=4))) == 2
 
         def kill(rollout: Rollout) -> None:
             os.kill(stand.process.pid, signal.SIGKILL)
