@@ -22,11 +22,13 @@ demo: $(READY)        ## distil the bundled student from the bundled teacher (SE
 test: lint            ## lint, types and every test, with a real Redis and real gRPC
 	$(BIN)/python -m pytest
 
-test-vllm:            ## the engine contract tests on vLLM too, in .venv-vllm (made when it is not there)
+test-vllm:            ## the contract tests of teacher engines and rollouts on vLLM, in .venv-vllm (made when not there)
 	@scripts/setup_vllm.sh
-	OPD_REQUIRE_VLLM=1 .venv-vllm/bin/python -m pytest tests/contract/engines
+	OPD_REQUIRE_VLLM=1 .venv-vllm/bin/python -m pytest tests/contract/engines tests/contract/rollouts
 	OPD_REQUIRE_VLLM=1 VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 \
 	    .venv-vllm/bin/python -m pytest tests/contract/engines -k "not process"
+	OPD_REQUIRE_VLLM=1 VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 \
+	    .venv-vllm/bin/python -m pytest tests/contract/rollouts -k "new_version and hostile"
 
 test-peer: $(READY)   ## a training step beside TRL's, in .venv-peer (made when it is not there)
 	@scripts/setup_peer.sh

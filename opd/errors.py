@@ -138,6 +138,12 @@ class RankLostError(OpdError, ConnectionError):
     code = "rank_lost"
 
 
+class RolloutEngineError(OpdError, RuntimeError):
+    """The process that samples is gone, or does not sample from the weights it was given."""
+
+    code = "rollout_engine"
+
+
 def _subclasses(cls: type[OpdError]) -> list[type[OpdError]]:
     return [found for child in cls.__subclasses__() for found in (child, *_subclasses(child))]
 

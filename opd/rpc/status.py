@@ -44,6 +44,7 @@ STATUS: dict[str, grpc.StatusCode] = {
     "queue_misconfigured": grpc.StatusCode.FAILED_PRECONDITION,
     "checkpoint": grpc.StatusCode.INTERNAL,
     "rank_lost": grpc.StatusCode.UNAVAILABLE,
+    "rollout_engine": grpc.StatusCode.INTERNAL,
 }
 """Every code of the error tree."""
 

@@ -50,8 +50,8 @@ from services.trainer.prompt_files import PreparedPrompts, prepare_prompts
 from services.trainer.recipes.self_distillation.held import extra_state, followed, held_teacher
 from services.trainer.recipes.self_distillation.teacher import LocalTeacher
 from services.trainer.rewards import AnswerReward
-from services.trainer.rollout.base import SamplingParams
-from services.trainer.rollout.transformers_engine import TransformersEngine
+from services.trainer.rollout.base import RolloutEngine, SamplingParams
+from services.trainer.rollout.build import Engines, build_engines, completed, measured_too
 from services.trainer.run_log import RunLog
 from services.trainer.step_metrics import StepMetrics
 from services.trainer.step_rollouts import Scorer
@@ -62,7 +62,6 @@ from services.trainer.teacher_head import TeacherHead
 from services.trainer.teacher_links import TeacherLink, build_router, connect_teachers
 from services.trainer.teachers import NoTeachers, TeacherRouter
 from services.trainer.training_run import TrainingRun, close_within
-from services.trainer.weights import SharedWeights
 
 _log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
@@ -84,7 +83,7 @@ class _Parts:
     loaded: LoadedModel
     adapter: Adapter | None
     prompts: PreparedPrompts
-    engine: TransformersEngine
+    engines: Engines
     evaluate: Callable[[int], dict[str, float]] | None
     ranks: Ranks
     held: LocalTeacher | None
@@ -121,13 +120,14 @@ def _prepare(settings: TrainSettings, stop: StopSignal, ranks: Ranks, opened: Ex
     if isinstance(ranks, TorchRanks):
         shard_student(loaded.model, ranks.mesh)
     with gathered(loaded.model), together(ranks), stop.interruptible():
-        engine = _engine(settings, loaded, score_top_k=settings.objective.score_top_k)
-        _check_context(settings, engine.max_context)
+        first_prompt = prompts.schedule.step_prompts(0)[0].prompt_token_ids
+        engines = build_engines(settings, loaded, opened, probe_prompt=first_prompt)
+        _check_context(settings, engines.training.max_context)
         held = held_teacher(settings, loaded, checkpoint) if settings.objective.uses_teacher else None
         if held is not None:
             links = {ONLY_TEACHER: TeacherLink(settings=settings.teacher, client=held)}
         # Teachers may be long in coming, so they are met last.
-        evaluate = evaluated_once(ranks, loaded.model, _evaluator(settings, loaded, log))
+        evaluate = evaluated_once(ranks, loaded.model, _evaluator(settings, loaded, log, engines.evaluation))
         status.enter("waiting")
         teachers, teacher_head = _meet_teachers(settings, links, loaded, prompts, console)
     return _Parts(
@@ -142,7 +142,7 @@ def _prepare(settings: TrainSettings, stop: StopSignal, ranks: Ranks, opened: Ex
         loaded=loaded,
         adapter=adapter,
         prompts=prompts,
-        engine=engine,
+        engines=engines,
         evaluate=evaluate,
         ranks=ranks,
         held=held,
@@ -176,12 +176,12 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
     loop = TrainingLoop(
         _loop_settings(settings, num_steps, parts.ranks),
         prompts=parts.prompts.schedule,
-        engine=parts.engine,
+        engine=completed(parts.engines, student, settings),
         teachers=parts.teachers,
         student=student,
         loss=loss,
         optimizer=optimizer,
-        weights=followed(SharedWeights(parts.engine), parts.held),
+        weights=followed(parts.engines.weights, parts.held),
         reward=AnswerReward(_decoder(loaded.tokenizer)) if settings.objective.uses_outcome else None,
         horizon=horizon,
         first_step=first_step,
@@ -254,7 +254,7 @@ def _step_metrics(parts: _Parts, student: Student, loss: DistillLoss) -> StepMet
         decode=_decoder(parts.loaded.tokenizer) if settings.data.grade else None,
         fraction=settings.metrics.fraction,
         seed=settings.seed,
-        probe=probe.measure,
+        probe=measured_too(parts.engines, probe.measure),
         ranks=parts.ranks,
     )
 
@@ -308,19 +308,6 @@ def _teacher_head(
     return head
 
 
-def _engine(settings: TrainSettings, loaded: LoadedModel, *, score_top_k: int | None) -> TransformersEngine:
-    return TransformersEngine(
-        loaded.model,
-        eos_token_ids=loaded.eos_token_ids,
-        num_defined_ids=loaded.num_defined_ids,
-        score_top_k=score_top_k,
-        max_slots=settings.rollout.max_slots,
-        num_threads=settings.rollout.threads,
-        # As the student trains, so that sampling and training see the same distribution.
-        autocast_dtype=torch.bfloat16 if loaded.model.device.type == "cuda" else None,
-    )
-
-
 def _check_context(settings: TrainSettings, max_context: int) -> None:
     rollout = settings.rollout
     if rollout.max_prompt_tokens + rollout.max_response_tokens > max_context:
@@ -367,10 +354,11 @@ def _horizon(settings: TrainSettings, log: RunLog) -> Horizon | None:
     return Horizon(config, longest=settings.rollout.max_response_tokens, records=log.steps())
 
 
-def _evaluator(settings: TrainSettings, loaded: LoadedModel, log: RunLog) -> Callable[[int], dict[str, float]] | None:
+def _evaluator(
+    settings: TrainSettings, loaded: LoadedModel, log: RunLog, engine: RolloutEngine
+) -> Callable[[int], dict[str, float]] | None:
     if not settings.evaluation.files:
         return None
-    engine = _engine(settings, loaded, score_top_k=None)
     evaluator = Evaluator(settings, loaded, engine=engine, decode=_decoder(loaded.tokenizer), log=log)
     return evaluator.evaluate
 

@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from opd.errors import ConfigError
+import numpy as np
+
+from opd.errors import ConfigError, InvalidRequestError
 from opd.types import Ids, Rollout
 
 
@@ -60,8 +62,11 @@ class RolloutEngine(Protocol):
 
     policy_version: int
     """The weight version stamped on every rollout; set by whoever changes the weights."""
-    samples_elsewhere: bool
-    """Whether it decodes in a process of its own, so that the caller may train in `on_finish` without holding it up."""
+
+    @property
+    def samples_elsewhere(self) -> bool:
+        """Whether it decodes in a process of its own, which training in `on_finish` does not hold up."""
+        ...
 
     @property
     def max_context(self) -> int:
@@ -82,6 +87,24 @@ class RolloutEngine(Protocol):
         the call and passes through.
         """
         ...
+
+
+def check_request(request: RolloutRequest, sampling: SamplingParams, *, num_defined_ids: int, max_context: int) -> None:
+    """Raises `InvalidRequestError` for a prompt without tokens, with unknown ones, or with no room for its response."""
+    prompt = np.asarray(request.prompt_token_ids)
+    name = f"rollout {request.rollout_id}: prompt_token_ids"
+    if prompt.ndim != 1 or prompt.size == 0:
+        raise InvalidRequestError(f"{name} has shape {prompt.shape}; give at least one token id")
+    if prompt.min() < 0 or prompt.max() >= num_defined_ids:
+        bad = int(prompt[(prompt < 0) | (prompt >= num_defined_ids)][0])
+        raise InvalidRequestError(f"{name} has id {bad}, outside 0..{num_defined_ids - 1}; use the student's tokenizer")
+    num_tokens = prompt.size + sampling.max_response_tokens
+    if num_tokens > max_context:
+        raise InvalidRequestError(
+            f"{name} of {prompt.size} tokens and max_response_tokens={sampling.max_response_tokens} need "
+            f"{num_tokens} of the student's {max_context} context tokens; lower max_response_tokens or filter "
+            "long prompts"
+        )
 
 
 def derive_seed(*parts: int | str) -> int:

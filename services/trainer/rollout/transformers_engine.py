@@ -6,13 +6,12 @@ the memory; requests beyond them wait and enter as others end.
 
 from collections.abc import Callable, Collection, Sequence
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from opd.errors import ConfigError, InvalidRequestError
+from opd.errors import ConfigError
 from opd.types import Rollout
-from services.trainer.rollout.base import RolloutRequest, SamplingParams
+from services.trainer.rollout.base import RolloutRequest, SamplingParams, check_request
 from services.trainer.rollout.decode_batch import DecodeBatch
 from services.trainer.rollout.slot_model import SlotModel
 from services.trainer.threads import computing_with
@@ -66,7 +65,9 @@ class TransformersEngine:
         """See `RolloutEngine.sample`."""
         sampling.check()
         for request in requests:
-            self._check(request, sampling)
+            check_request(
+                request, sampling, num_defined_ids=self._slot_model.num_defined_ids, max_context=self.max_context
+            )
         if not requests:
             return []
         rollouts: dict[int, Rollout] = {}
@@ -88,20 +89,3 @@ class TransformersEngine:
             max_prefill_tokens=self._max_prefill_tokens,
             policy_version=self.policy_version,
         )
-
-    def _check(self, request: RolloutRequest, sampling: SamplingParams) -> None:
-        prompt = np.asarray(request.prompt_token_ids)
-        name = f"rollout {request.rollout_id}: prompt_token_ids"
-        if prompt.ndim != 1 or prompt.size == 0:
-            raise InvalidRequestError(f"{name} has shape {prompt.shape}; give at least one token id")
-        num_ids = self._slot_model.num_defined_ids
-        if prompt.min() < 0 or prompt.max() >= num_ids:
-            bad = int(prompt[(prompt < 0) | (prompt >= num_ids)][0])
-            raise InvalidRequestError(f"{name} has id {bad}, outside 0..{num_ids - 1}; use the student's tokenizer")
-        num_tokens = prompt.size + sampling.max_response_tokens
-        if num_tokens > self.max_context:
-            raise InvalidRequestError(
-                f"{name} of {prompt.size} tokens and max_response_tokens={sampling.max_response_tokens} need "
-                f"{num_tokens} of the student's {self.max_context} context tokens; lower max_response_tokens or filter "
-                "long prompts"
-            )
