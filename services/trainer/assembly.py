@@ -318,6 +318,13 @@ def _check_context(settings: TrainSettings, max_context: int) -> None:
         )
 
 
+def _mode(settings: TrainSettings, ranks: Ranks) -> PipelineMode:
+    # Which rollouts are trained together must not depend on when their scores come; and ranks train in lock-step, so
+    # not before the last of them has its scores.
+    waits = settings.deterministic or ranks.num_ranks > 1
+    return PipelineMode.SEQUENTIAL if waits else settings.pipeline.mode
+
+
 def _loop_settings(settings: TrainSettings, num_steps: int, ranks: Ranks) -> LoopSettings:
     rollout = settings.rollout
     # A step that is taken again after a resume must not be answered with replies to its first attempt.
@@ -339,10 +346,8 @@ def _loop_settings(settings: TrainSettings, num_steps: int, ranks: Ranks) -> Loo
         aggregation=settings.objective.aggregation,
         has_entropy_bonus=settings.objective.entropy_bonus > 0,
         drops_unscored=settings.teacher.on_score_failure is OnScoreFailure.DROP,
-        # Ranks train in lock-step, so not before the last of them has its scores.
-        mode=settings.pipeline.mode if ranks.num_ranks == 1 else PipelineMode.SEQUENTIAL,
+        mode=_mode(settings, ranks),
         max_policy_lag=settings.pipeline.max_policy_lag,
-        deterministic=settings.deterministic,
     )
 
 

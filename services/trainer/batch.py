@@ -115,12 +115,31 @@ class DistillBatch:
 def micro_batches(scored: Sequence[ScoredRollout], max_tokens: int) -> list[list[ScoredRollout]]:
     """Splits rollouts so that each part holds at most `max_tokens` tokens, which no padding adds to.
 
-    A rollout longer than that gets a part of its own. The split depends on lengths and ids alone, never on the order
-    of arrival.
+    Rollouts of one prompt stay together where they fit, and count it once; one longer than that gets a part of its own.
+    Within a part the longest come first. The split depends on lengths and ids alone, never on the order of arrival.
     """
-    return split_by_tokens(
-        scored, max_tokens, size=lambda item: item.num_tokens, name=lambda item: item.rollout.rollout_id
-    )
+    groups: dict[tuple[int, bytes], list[ScoredRollout]] = {}
+    for item in scored:
+        groups.setdefault((item.rollout.group, item.rollout.prompt_token_ids.tobytes()), []).append(item)
+    units = [
+        unit
+        for siblings in groups.values()
+        for unit in ([siblings] if _num_tokens(siblings) <= max_tokens else [[item] for item in siblings])
+    ]
+    parts = split_by_tokens(units, max_tokens, size=_num_tokens, name=_first_id)
+    return [
+        sorted((item for unit in part for item in unit), key=lambda item: (-item.num_tokens, item.rollout.rollout_id))
+        for part in parts
+    ]
+
+
+def _num_tokens(siblings: Sequence[ScoredRollout]) -> int:
+    """Of their responses and of the one prompt."""
+    return siblings[0].rollout.prompt_token_ids.size + sum(item.num_response_tokens for item in siblings)
+
+
+def _first_id(siblings: Sequence[ScoredRollout]) -> str:
+    return min(item.rollout.rollout_id for item in siblings)
 
 
 def build_batch(scored: Sequence[ScoredRollout], device: torch.device | str = "cpu") -> DistillBatch:

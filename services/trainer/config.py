@@ -66,7 +66,8 @@ class StudentSettings(Settings):
     gradient_checkpointing: bool = False
     """Recomputes layers on the way back: less memory, about a third more time."""
     max_micro_batch_tokens: PositiveInt = 32768
-    """Tokens of one forward and backward pass; the step's result does not depend on it."""
+    """Tokens of one forward and backward pass, a prompt of several rollouts counted once; the step's result does not
+    depend on it."""
     row_chunk: PositiveInt = 256
     """Response positions whose logits over the whole vocabulary exist at a time."""
     threads: PositiveInt | None = None
@@ -301,7 +302,8 @@ class TrainSettings(Settings):
     steps: PositiveInt | None = None
     """Optimizer steps; unset means `data.num_epochs` over the prompts."""
     deterministic: bool = False
-    """The same run again on the same machine: deterministic kernels, and rollouts scored one by one."""
+    """The same run again on the same machine: deterministic kernels, rollouts scored one by one, training when all of a
+    step's scores are there."""
 
     _group_size = model_validator(mode="before")(with_group_size)
 

@@ -56,11 +56,12 @@ class DocumentForward:
         return torch.cat([self._padded(tokens, group) for group in groups])
 
     def _packed(self, tokens: PackedTokens) -> tuple[Tensor, list[int | None]]:
+        input_ids, position_ids, sharing = tokens.input_ids_N, tokens.position_ids_N, tokens.sharing
+        if sharing is not None:
+            input_ids, position_ids = sharing.kept(input_ids), sharing.kept(position_ids)
         with inside_documents(self._config, tokens) as windows:
-            hidden_1NH = self._run(
-                input_ids=tokens.input_ids_N[None], position_ids=tokens.position_ids_N[None], attention_mask=None
-            )
-        return hidden_1NH[0], windows
+            hidden_1UH = self._run(input_ids=input_ids[None], position_ids=position_ids[None], attention_mask=None)
+        return hidden_1UH[0] if sharing is None else sharing.spread(hidden_1UH[0]), windows
 
     def _padded(self, tokens: PackedTokens, group: Group) -> Tensor:
         hidden_GSH = self._run(

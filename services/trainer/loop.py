@@ -60,8 +60,6 @@ class LoopSettings:
     mode: PipelineMode = PipelineMode.STREAMING
     max_policy_lag: int = 0
     """Steps by which sampling may run ahead of training."""
-    deterministic: bool = False
-    """Whether parts are cut in the order in which rollouts end, whenever their scores come."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,7 +186,6 @@ class TrainingLoop:
             share=self._scope.share,
             reward=self._reward,
             drops_unscored=settings.drops_unscored,
-            in_order=settings.deterministic,
         )
         self._ahead.append(sampled)
 
@@ -222,17 +219,13 @@ class TrainingLoop:
                 is_idle = True
             if current.is_exhausted or not is_idle:
                 continue
-            if self._fills_waits and gradient.has_rest:
+            if self._settings.mode is PipelineMode.STREAMING and gradient.has_rest:
+                # A part that is not full costs more for each of its tokens, but waiting costs all of it.
                 with clock.part("forward_backward"):
                     gradient.train_rest()
             else:
                 with clock.part("score_wait"):
                     current.wait()
-
-    @property
-    def _fills_waits(self) -> bool:
-        # A part that is not full costs more for each of its tokens, but waiting costs all of it.
-        return self._settings.mode is PipelineMode.STREAMING and not self._settings.deterministic
 
     def _train_full(self, current: StepRollouts, gradient: StepGradient, clock: StepClock) -> bool:
         """Trains every part that the scores which have come fill; whether any have come."""

@@ -1,9 +1,10 @@
 """Attention inside each of many documents that lie in one row, for transformers models.
 
-N tokens of all documents, G documents of a group, S the longest of them, h heads, D head size. transformers' own way
-is a mask [N, N], which at 32,000 tokens is a gigabyte and has every token multiplied with every other. Here each group
-of documents is an ordinary causal batch without a mask: what pads it on the right comes after every real token, so that
-none sees it. Windows are cut into blocks, so that their masks are of the window's size.
+N tokens of all documents, U of them with shared prompts once, G documents of a group, S the longest of them, h heads, D
+head size. transformers' own way is a mask [N, N], which at 32,000 tokens is a gigabyte and has every token multiplied
+with every other. Here each group of documents is an ordinary causal batch without a mask: what pads it on the right
+comes after every real token, so that none sees it. Windows are cut into blocks, so that their masks are of the window's
+size.
 
 It is switched on for the length of a forward pass, and again wherever a layer is recomputed on the way back.
 """
@@ -21,7 +22,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from opd.errors import UnsupportedError
-from services.trainer.packing import Group, PackedTokens
+from services.trainer.packing import Group, PackedTokens, Sharing
 
 ATTENTION_NAME = "sdpa_in_documents"
 BASE_ATTENTION = "sdpa"
@@ -35,6 +36,7 @@ class _Pass:
 
     config: Any
     groups: tuple[Group, ...]
+    sharing: Sharing | None
     windows: list[int | None] = field(default_factory=list)
     """Of every layer that attended, in their order."""
 
@@ -50,11 +52,11 @@ _current = _Current()
 
 @contextmanager
 def inside_documents(config: Any, tokens: PackedTokens) -> Iterator[list[int | None]]:
-    """Within it the model of this text configuration, given [1, N] ids and positions, attends inside documents.
+    """Within it the model of this text configuration, given [1, U] ids and positions, attends inside documents.
 
     Yields the list to which every layer adds its window as it attends.
     """
-    current = _Pass(config, tokens.groups)
+    current = _Pass(config, tokens.groups, tokens.sharing)
     with _entered(current):
         yield current.windows
 
@@ -101,13 +103,20 @@ def _attention(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, h, N, D], key and value [1, H, N, D] -> [1, N, h, D], and no weights."""
+    """query [1, h, U, D], key and value [1, H, U, D] -> [1, U, h, D], and no weights.
+
+    A shared prompt is laid out for each of its documents here, where it costs least; its own tokens' attention is taken
+    from the first of them.
+    """
     current = _current.value
     extra = [name for name in ("position_bias", "s_aux", "cache") if options.get(name) is not None]
     if current is None or attention_mask is not None or extra or query.shape[2] != key.shape[2]:
         raise UnsupportedError(f"{type(module).__name__} attends in a way not known here")
     current.windows.append(sliding_window)
     rows = [states[0].transpose(0, 1) for states in (query, key, value)]
+    sharing = current.sharing
+    if sharing is not None:
+        rows = [sharing.spread(row) for row in rows]
     attended = []
     for group in current.groups:
         states = [group.padded(row).transpose(1, 2) for row in rows]
@@ -116,7 +125,8 @@ def _attention(
         else:
             found = sdpa_attention_forward(module, *states, None, **options)[0]
         attended.append(group.packed(found))
-    return torch.cat(attended)[None], None
+    attended_N = torch.cat(attended)
+    return (attended_N if sharing is None else sharing.kept(attended_N))[None], None
 
 
 def _in_windows(module: torch.nn.Module, states: list[Tensor], window: int, options: dict[str, Any]) -> Tensor:

@@ -1,8 +1,9 @@
 """Sequences of many lengths laid out so that a pass over them computes next to nothing in vain.
 
-B documents (a rollout's prompt and response each), N tokens of all of them one after the other, T of these that predict
-a response token, S the longest document of a group. Layers that see one token at a time run on the N tokens as they
-are; what mixes tokens (attention, or the whole model where an architecture cannot be packed) runs on groups of
+B documents (a rollout's prompt and response each), N tokens of all of them one after the other, U of them that are left
+when a prompt that several documents begin with counts once, T tokens that predict a response token, S the longest
+document of a group. Layers that see one token at a time run on the U tokens: what a token of a prompt is depends on the
+prompt alone. What mixes tokens (attention, or the whole model where an architecture cannot be packed) runs on groups of
 neighbouring documents of nearly one length, [G, S] each, of which never more than a tenth is padding.
 """
 
@@ -50,6 +51,24 @@ class Group:
         return values if self.places is None else values.index_select(0, self.places)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sharing:
+    """Prompts that several documents begin with, computed once and read by all of them."""
+
+    kept_U: Tensor
+    """Index among the N tokens of those that are computed."""
+    source_N: Tensor
+    """Which of the U stands for each of the N tokens."""
+
+    def spread(self, values_U: Tensor) -> Tensor:
+        """[U, ...] -> [N, ...]"""
+        return values_U.index_select(0, self.source_N)
+
+    def kept(self, values_N: Tensor) -> Tensor:
+        """[N, ...] -> [U, ...], of equal ones the first."""
+        return values_N.index_select(0, self.kept_U)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackedTokens:
     """What the student reads in one pass."""
@@ -60,6 +79,8 @@ class PackedTokens:
     """[B] tokens of each document; they add up to N."""
     hidden_index_T: Tensor
     """Which of the N hidden states predicts each response token."""
+    sharing: "Sharing | None" = None
+    """Which tokens stand for which; None where no two documents begin with one prompt."""
 
     @property
     def response_ids_T(self) -> Tensor:
@@ -91,7 +112,7 @@ class PackedTokens:
 
 
 def pack(rollouts: Sequence[Rollout], device: torch.device | str = "cpu") -> PackedTokens:
-    """Lays out prompt and response of each rollout; at least one."""
+    """Lays out prompt and response of each rollout; at least one. Equal prompts are shared."""
     tokens: list[np.ndarray] = []
     hidden_index: list[Tensor] = []
     start = 0
@@ -106,7 +127,32 @@ def pack(rollouts: Sequence[Rollout], device: torch.device | str = "cpu") -> Pac
         input_ids_N=torch.from_numpy(np.concatenate(tokens).astype(np.int64)).to(device),
         lengths=tuple(int(rollout.prompt_token_ids.size + rollout.response_token_ids.size) for rollout in rollouts),
         hidden_index_T=torch.cat(hidden_index).to(device),
+        sharing=_shared_prompts(rollouts, device),
     )
+
+
+def _shared_prompts(rollouts: Sequence[Rollout], device: torch.device | str) -> Sharing | None:
+    kept: list[Tensor] = []
+    source: list[Tensor] = []
+    known: dict[bytes, Tensor] = {}
+    start = num_kept = 0
+    for rollout in rollouts:
+        num_prompt, num_response = rollout.prompt_token_ids.size, rollout.response_token_ids.size
+        prompt = rollout.prompt_token_ids.tobytes()
+        begins = start
+        if prompt in known:
+            source.append(known[prompt])
+            begins += num_prompt
+        new = torch.arange(begins, start + num_prompt + num_response)
+        places = torch.arange(num_kept, num_kept + len(new))
+        known.setdefault(prompt, places[:num_prompt])
+        kept.append(new)
+        source.append(places)
+        start += num_prompt + num_response
+        num_kept += len(new)
+    if num_kept == start:
+        return None
+    return Sharing(kept_U=torch.cat(kept).to(device), source_N=torch.cat(source).to(device))
 
 
 def split_by_tokens(

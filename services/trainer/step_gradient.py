@@ -5,7 +5,7 @@ still be lost. Divided and not yet clipped it is the gradient of the mean over t
 and in whichever order they came, up to rounding in fp32.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from services.trainer.batch import ScoredRollout, build_batch, micro_batches
 from services.trainer.diagnostics.means import Mean, joined
@@ -48,27 +48,18 @@ class StepGradient:
         return bool(self._waiting)
 
     def hold(self, scored: Iterable[ScoredRollout]) -> None:
-        """Keeps them for `train_rest`, which cuts all of a step into parts by length."""
+        """Keeps them for `train_rest`, which cuts all of a step into parts."""
         self._waiting += scored
 
     def train_full(self, scored: Iterable[ScoredRollout]) -> None:
-        """Trains every part that these fill, cut where the next rollout no longer fits."""
-        for item in scored:
-            if len(micro_batches([*self._waiting, item], self._max_tokens)) > 1:
-                self.train_rest()
-            self._waiting.append(item)
+        """Trains all parts but the last of what waits and these make up, which later ones may still fill."""
+        *full, self._waiting = micro_batches([*self._waiting, *scored], self._max_tokens) or [[]]
+        self._train_rounds(full)
 
     def train_rest(self) -> None:
         """Trains what waits, full or not."""
         waiting, self._waiting = self._waiting, []
-        parts = micro_batches(waiting, self._max_tokens)
-        num_rounds = self._scope.num_rounds(len(parts))
-        for number in range(num_rounds):
-            with self._scope.micro_batch(is_last=number == num_rounds - 1):
-                if number < len(parts):
-                    self._train(parts[number])
-                else:
-                    self._scope.idle_loss().backward()
+        self._train_rounds(micro_batches(waiting, self._max_tokens))
 
     def finish(self) -> dict[str, Mean]:
         """Divides by what was trained; the losses as means. `NonFiniteError` where nothing was."""
@@ -78,6 +69,15 @@ class StepGradient:
         self._optimizer.divide_gradient(self._scope.total(local))
         names = self._metrics[0] if self._metrics else {}
         return self._scope.means({name: joined(part[name] for part in self._metrics) for name in names})
+
+    def _train_rounds(self, parts: Sequence[list[ScoredRollout]]) -> None:
+        num_rounds = self._scope.num_rounds(len(parts))
+        for number in range(num_rounds):
+            with self._scope.micro_batch(is_last=number == num_rounds - 1):
+                if number < len(parts):
+                    self._train(parts[number])
+                else:
+                    self._scope.idle_loss().backward()
 
     def _train(self, part: list[ScoredRollout]) -> None:
         output = self._loss(build_batch(part, self._student.device))

@@ -91,7 +91,6 @@ class StepRollouts:
     """One step's rollouts between the sampler and the gradient, in the thread of the loop.
 
     `send` takes each as it ends; `take` gives those that may train now, `wait` blocks until there is something new.
-    `in_order` gives them in the order they ended in, whenever their replies come, so that nothing depends on timing.
     """
 
     def __init__(
@@ -104,7 +103,6 @@ class StepRollouts:
         share: Share | None = None,
         reward: Reward | None = None,
         drops_unscored: bool = False,
-        in_order: bool = False,
     ) -> None:
         """`share` is whose rollouts are sampled here; all where there are no other ranks."""
         self.step = step
@@ -117,7 +115,6 @@ class StepRollouts:
         self._num_rollouts = len((share or Share()).rollouts(len(prompts), rollouts_per_prompt))
         self._reward = reward
         self._drops_unscored = drops_unscored
-        self._in_order = in_order
         self._sent: dict[str, Rollout] = {}
         """In the order they ended in; a rollout leaves with `take` or with its loss."""
         self._replies: dict[str, Future[ScoreReply]] = {}
@@ -197,12 +194,7 @@ class StepRollouts:
                 self._raise_error_of(name)
 
     def _ready(self) -> Iterator[str]:
-        for name in self._sent if self._in_order else list(self._arrived):
-            is_ready = name in self._arrived and (self._reward is None or name in self._advantages)
-            if is_ready:
-                yield name
-            elif self._in_order:
-                return
+        return (name for name in self._arrived if self._reward is None or name in self._advantages)
 
     def _scores(self, rollout: Rollout) -> Scores | None:
         """None for a rollout that is dropped."""

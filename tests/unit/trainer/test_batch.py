@@ -120,7 +120,7 @@ def test_the_horizon_and_verified_answers_say_which_positions_train() -> None:
 def test_micro_batches_hold_everything_once_within_the_budget(
     lengths: list[tuple[int, int]], max_tokens: int, shuffle: object
 ) -> None:
-    items = [scored(f"r{index}", [2] * prompt, [3] * response) for index, (prompt, response) in enumerate(lengths)]
+    items = [scored(f"r{index}", [index] * prompt, [3] * response) for index, (prompt, response) in enumerate(lengths)]
     parts = micro_batches(items, max_tokens)
     names = [[item.rollout.rollout_id for item in part] for part in parts]
     assert sorted(name for part in names for name in part) == sorted(item.rollout.rollout_id for item in items)

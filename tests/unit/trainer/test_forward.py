@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BloomConfig,
@@ -26,10 +26,10 @@ from transformers import (
 from services.trainer.batch import build_batch
 from services.trainer.forward import DocumentForward
 from services.trainer.packed_attention import inside_documents
-from services.trainer.packing import PackedTokens
+from services.trainer.packing import PackedTokens, pack
 from services.trainer.student import Student
 from tests.unit.trainer.test_batch import scored
-from tests.unit.trainer.tiny_training import NUM_IDS, tiny_model
+from tests.unit.trainer.tiny_training import NUM_IDS, in_float64, tiny_model
 
 LENGTHS = (13, 12, 12, 9, 2, 5, 5, 1)
 SIZES: dict[str, Any] = {
@@ -63,19 +63,6 @@ PADDED = {
     ),
     "convolutions": lambda: Lfm2ForCausalLM(Lfm2Config(**SIZES, layer_types=["conv", "full_attention"])),
 }
-
-
-def in_float64(model: Any) -> Any:
-    """Norms of the library round to fp32 whatever they are given, so PyTorch's own take their place."""
-    norms = [name for name, module in model.named_modules() if type(module).__name__.endswith("RMSNorm")]
-    for name in norms:
-        norm = model.get_submodule(name)
-        exact = nn.RMSNorm(norm.weight.shape[0], eps=getattr(norm, "variance_epsilon", None) or norm.eps)
-        with torch.no_grad():
-            # Gemma's gain counts from 1.
-            exact.weight.copy_(norm.weight + 1 if type(norm).__name__.startswith("Gemma") else norm.weight)
-        model.set_submodule(name, exact)
-    return model.double().eval()
 
 
 def made(build: Any) -> Any:
@@ -122,6 +109,32 @@ def test_a_document_has_the_states_and_gradients_it_has_alone(name: str, is_doub
     pairs = list(zip(gradients(model, found_NH), gradients(model, expected_NH), strict=True))
     assert len(pairs) > 5
     for found, expected in pairs:
+        assert_close(found, expected, bound)
+
+
+def siblings() -> PackedTokens:
+    """Two prompts, of three and of two responses, and one of a single response."""
+    generator = np.random.default_rng(2)
+    prompts = [generator.integers(0, NUM_IDS, size).tolist() for size in (7, 4, 6)]
+    wanted = [(0, 6), (2, 5), (0, 3), (1, 6), (0, 3), (1, 1)]
+    items = [
+        scored(f"r{row}", prompts[prompt], generator.integers(0, NUM_IDS, size).tolist())
+        for row, (prompt, size) in enumerate(wanted)
+    ]
+    return pack([item.rollout for item in items])
+
+
+@pytest.mark.parametrize("is_double", [True, False], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", [*PACKED, *PADDED])
+def test_a_prompt_of_several_documents_is_computed_once_and_is_what_it_is_alone(name: str, is_double: bool) -> None:
+    model = made((PACKED | PADDED)[name])
+    if is_double:
+        model = in_float64(model)
+    tokens, bound = siblings(), 1e-10 if is_double else 1e-5
+    assert tokens.sharing is not None and len(tokens.sharing.kept_U) == 7 + 4 + 6 + 24
+    found_NH, expected_NH = DocumentForward(model, num_defined_ids=NUM_IDS)(tokens), alone(model, tokens)
+    assert_close(found_NH, expected_NH, bound)
+    for found, expected in zip(gradients(model, found_NH), gradients(model, expected_NH), strict=True):
         assert_close(found, expected, bound)
 
 

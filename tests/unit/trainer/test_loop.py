@@ -14,7 +14,7 @@ from services.trainer.batch import ScoredRollout, build_batch
 from services.trainer.config import OptimSettings
 from services.trainer.loop import StepRecord
 from services.trainer.objectives.config import ObjectiveConfig
-from tests.unit.trainer.tiny_training import ExactClient, Setup, reverse_kl, tiny_model
+from tests.unit.trainer.tiny_training import ExactClient, Setup, in_dtype, reverse_kl, tiny_model
 
 
 def run(setup: Setup) -> list[StepRecord]:
@@ -155,7 +155,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(
     objective: ObjectiveConfig, dtype: torch.dtype, tolerance: float
 ) -> None:
     scored = list(run(Setup(num_steps=1))[0].scored)
-    model = tiny_model(1).to(dtype)
+    model = in_dtype(tiny_model(1), dtype)
     whole = gradient_of(model, scored, 10_000, objective)
     for max_tokens, order in ((1, 1), (40, -1), (64, 1)):
         for streams in (False, True):

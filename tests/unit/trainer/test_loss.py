@@ -16,7 +16,7 @@ from services.trainer.objectives.contract import LossInputs, Needs, PositionLoss
 from services.trainer.objectives.dispatch import build_objective
 from services.trainer.objectives.objective import Objective, WeightedTerm
 from services.trainer.student import Student, output_head
-from tests.unit.trainer.tiny_training import NUM_IDS, Setup, tiny_model
+from tests.unit.trainer.tiny_training import NUM_IDS, Setup, in_dtype, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_no_step_depends_on_its_micro_batches(
         items = [dataclasses.replace(item, supervised_tokens=config.horizon.start) for item in items]
     gradients = []
     for max_tokens, order in ((10_000, 1), (1, -1), (20, 1)):
-        model = tiny_model(1).to(dtype)
+        model = in_dtype(tiny_model(1), dtype)
         setup = Setup(student_model=model, objective=config, max_micro_batch_tokens=max_tokens)
         setup.loss = loss_of(config, model)
         gradients.append(setup.accumulate(items[::order]))

@@ -1,5 +1,6 @@
 """How documents are split and grouped: what is promised of padding holds for every distribution of lengths."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,7 +28,8 @@ def long_tailed_lengths(generator: np.random.Generator, count: int) -> list[tupl
 
 
 def rollouts(lengths: Sequence[tuple[int, int]]) -> list[ScoredRollout]:
-    return [scored(f"r{index}", [2] * prompt, [3] * response) for index, (prompt, response) in enumerate(lengths)]
+    """Of a prompt each."""
+    return [scored(f"r{index}", [index] * prompt, [3] * response) for index, (prompt, response) in enumerate(lengths)]
 
 
 def num_tokens_of(item: ScoredRollout) -> int:
@@ -99,3 +101,58 @@ def test_a_part_is_filled_up_by_what_fits() -> None:
     sizes = {"a": 6, "b": 5, "c": 5, "d": 4, "e": 30}
     parts = split_by_tokens(list(sizes), 10, size=sizes.__getitem__, name=str)
     assert parts == [["e"], ["a", "d"], ["b", "c"]]
+
+
+def siblings(prompts: int, each: int, seed: int = 0) -> list[ScoredRollout]:
+    """Rollouts of 5 to 20 prompt tokens and 1 to 30 response tokens, `each` of every prompt."""
+    generator = np.random.default_rng(seed)
+    items = []
+    for group in range(prompts):
+        prompt = [group] * int(generator.integers(5, 21))
+        for index in range(each):
+            item = scored(f"r{group}-{index}", prompt, [3] * int(generator.integers(1, 31)))
+            items.append(dataclasses.replace(item, rollout=dataclasses.replace(item.rollout, group=group)))
+    return items
+
+
+def num_computed(part: Sequence[ScoredRollout]) -> int:
+    """By hand: every prompt once, every response."""
+    prompts = {item.rollout.prompt_token_ids.tobytes(): item.rollout.prompt_token_ids.size for item in part}
+    return sum(prompts.values()) + sum(item.num_response_tokens for item in part)
+
+
+@pytest.mark.parametrize("max_tokens", [60, 150, 1000])
+def test_rollouts_of_a_prompt_stay_together_and_count_it_once(max_tokens: int) -> None:
+    items = siblings(12, 4)
+    parts = micro_batches(items[::-1], max_tokens)
+    again = micro_batches(items, max_tokens)
+    assert [[item.rollout.rollout_id for item in part] for part in parts] == [
+        [item.rollout.rollout_id for item in part] for part in again
+    ]
+    assert sorted(item.rollout.rollout_id for part in parts for item in part) == sorted(
+        item.rollout.rollout_id for item in items
+    )
+    assert all(num_computed(part) <= max_tokens or len(part) == 1 for part in parts)
+    for group in range(12):
+        whole = num_computed(items[4 * group : 4 * group + 4])
+        homes = {index for index, part in enumerate(parts) for item in part if item.rollout.group == group}
+        assert len(homes) == 1 or whole > max_tokens
+    for part in parts:
+        tokens = pack([item.rollout for item in part])
+        assert tokens.padding_share <= MAX_PADDING
+        assert (len(tokens.input_ids_N) if tokens.sharing is None else len(tokens.sharing.kept_U)) == num_computed(part)
+
+
+def test_every_token_finds_one_of_its_own_kind_at_its_own_position() -> None:
+    tokens = pack([item.rollout for item in siblings(5, 3)])
+    sharing = tokens.sharing
+    assert sharing is not None and len(sharing.kept_U) < len(tokens.input_ids_N)
+    for values_N in (tokens.input_ids_N, tokens.position_ids_N):
+        assert torch.equal(sharing.spread(sharing.kept(values_N)), values_N)
+    # No two responses, and no response and prompt, stand for each other.
+    assert len(set(sharing.source_N[tokens.hidden_index_T + 1].tolist())) == len(tokens.hidden_index_T)
+    assert len(set(sharing.source_N.tolist())) == len(sharing.kept_U)
+
+
+def test_prompts_that_nobody_shares_cost_nothing() -> None:
+    assert pack([item.rollout for item in siblings(5, 1)]).sharing is None

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from opd.types import Capability, Encoding, Ids, ScoreReply, ScoreRequest, Scores, TeacherInfo
@@ -70,6 +71,24 @@ def tiny_model(seed: int, *, vocab: int = NUM_IDS, **changes: Any) -> Any:
         model.get_output_embeddings().weight.mul_(15.0)
     torch.set_rng_state(generator_state)
     return model.eval()
+
+
+def in_float64(model: Any) -> Any:
+    """Norms of the library round to fp32 whatever they are given, so PyTorch's own take their place."""
+    norms = [name for name, module in model.named_modules() if type(module).__name__.endswith("RMSNorm")]
+    for name in norms:
+        norm = model.get_submodule(name)
+        exact = nn.RMSNorm(norm.weight.shape[0], eps=getattr(norm, "variance_epsilon", None) or norm.eps)
+        with torch.no_grad():
+            # Gemma's gain counts from 1.
+            exact.weight.copy_(norm.weight + 1 if type(norm).__name__.startswith("Gemma") else norm.weight)
+        model.set_submodule(name, exact)
+    return model.double().eval()
+
+
+def in_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """In float64 throughout, where that is asked for."""
+    return in_float64(model) if dtype is torch.float64 else model.to(dtype)
 
 
 def tiny_tokenizer(vocab: int = NUM_IDS) -> Any:
@@ -184,7 +203,6 @@ class Setup:
     horizon: Any = None
     mode: PipelineMode = PipelineMode.STREAMING
     max_policy_lag: int = 0
-    deterministic: bool = False
 
     def __post_init__(self) -> None:
         self.student_model = self.student_model or tiny_model(1)
@@ -222,7 +240,6 @@ class Setup:
             drops_unscored=self.drops_unscored,
             mode=self.mode,
             max_policy_lag=self.max_policy_lag,
-            deterministic=self.deterministic,
         )
         return TrainingLoop(
             settings,
