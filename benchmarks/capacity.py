@@ -26,7 +26,7 @@ class Costs:
     """Into and out of Redis together; `wire_bytes`, k = 16, float16."""
     redis_fixed_ms: float = 0.53
     """CPU time of Redis for a request, whatever its size; this and the next three by `request_cost`, k = 16, float16,
-    two cores of a busy machine."""
+    two cores that were not idle."""
     redis_ms_per_kib: float = 0.0033
     """More for each KiB of request and reply, as they pass the student's link."""
     replica_fixed_ms: float = 1.2

@@ -136,6 +136,7 @@ class RankLostError(OpdError, ConnectionError):
     """Another process of a run over several GPUs has ended or no longer answers."""
 
     code = "rank_lost"
+    retryable = True
 
 
 class RolloutEngineError(OpdError, RuntimeError):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from opd.errors import ConfigError, OpdError, RankLostError
+from opd.errors import ConfigError, OpdError, RankLostError, first_line
 from services.trainer.distributed.ranks import Alone, Ranks
 from services.trainer.distributed.watch import RankWatch, store_connection
 
@@ -134,11 +134,15 @@ def joined_ranks(
         yield Alone()
         return
     place = rank_device(device, environment)
-    store = _store(environment, timeout_s)
-    watch_store = store_connection(environment.host, environment.port, f"opd-watch/{environment.attempt}", timeout_s)
+    with _told_as_lost(environment):
+        store = _store(environment, timeout_s)
+        prefix = f"opd-watch/{environment.attempt}"
+        watch_store = store_connection(environment.host, environment.port, prefix, timeout_s)
     watch = RankWatch(watch_store, rank=environment.rank, num_ranks=environment.num_ranks, silence_s=silence_s)
     try:
-        yield _join(environment, place, store, watch, timeout_s)
+        with _told_as_lost(environment):
+            ranks = _join(environment, place, store, watch, timeout_s)
+        yield ranks
         # Nobody leaves before all have come to their end, or the last ones would miss the first.
         dist.barrier() if place.type == "cpu" else dist.barrier(device_ids=[environment.local_rank])
     except BaseException as error:
@@ -148,6 +152,18 @@ def joined_ranks(
         raise
     watch.close()
     dist.destroy_process_group()
+
+
+@contextmanager
+def _told_as_lost(environment: RankEnvironment) -> Iterator[None]:
+    """What PyTorch raises where ranks do not find each other, in one line."""
+    try:
+        yield
+    except (dist.DistError, TimeoutError) as error:
+        raise RankLostError(
+            f"rank {environment.rank} does not reach the others by MASTER_ADDR={environment.host}, "
+            f"MASTER_PORT={environment.port} ({first_line(error)[:160]}); start all ranks where they see each other"
+        ) from error
 
 
 def rank_device(device: str, environment: RankEnvironment) -> torch.device:

@@ -113,6 +113,8 @@ def test_trainer(installation: Installation) -> None:
     settings = (f'data.files=["{installation.prompts}"]', f"teacher.url={installation.redis_url}", "steps=3")
     seen = joined(watched(installation.services.trainer(*settings, *EVERYTHING)))
     wanted = documented("opd_trainer_")
+    # Of runs whose rollouts vLLM samples; tests/contract/rollouts finds it there.
+    del wanted["opd_trainer_rollout_engine_drift"]
     assert seen.keys() == wanted.keys()
     # An alarm's name is seen only when one is raised.
     assert {name: found for name, found in seen.items() if name != "opd_trainer_alarm"} == {

@@ -95,6 +95,11 @@ def test_images_of_services_that_trace_have_what_sends_the_spans() -> None:
         assert (installed == ["tracing"]) == is_traced == ("opentelemetry.sdk.trace.export" in compiled.split())
 
 
+def test_the_trainers_image_can_train_adapters() -> None:
+    (compiled,) = [line for line in _instructions(DOCKER / "Dockerfile.trainer") if " code " in line]
+    assert "RUN sh install.sh train lora" in (DOCKER / "Dockerfile.trainer").read_text() and "peft" in compiled.split()
+
+
 def test_an_image_holds_code_models_and_nothing_else_of_the_checkout() -> None:
     allowed = {line.lstrip("!") for line in (ROOT / ".dockerignore").read_text().split() if line.startswith("!")}
     copied = re.findall(r"^COPY (?!--from)(.+) \S+$", "\n".join(path.read_text() for path in DOCKERFILES), re.MULTILINE)

@@ -1,5 +1,6 @@
 """What ranks agree on, without any process group: several are played by threads that wait for each other."""
 
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opd.errors import ConfigError, InternalError, TeacherUnavailableError
+from opd.errors import ConfigError, InternalError, RankLostError, TeacherUnavailableError
 from opd.settings import check_settings
 from services.trainer.config import TrainSettings
 from services.trainer.diagnostics import StepDiagnostics
@@ -17,7 +18,7 @@ from services.trainer.diagnostics.means import Mean
 from services.trainer.diagnostics.positions import PositionScores
 from services.trainer.distributed.config import check_ranks
 from services.trainer.distributed.means import reduce_counts, reduce_means, slowest
-from services.trainer.distributed.process_group import RankEnvironment, rank_device
+from services.trainer.distributed.process_group import RankEnvironment, joined_ranks, rank_device
 from services.trainer.distributed.ranks import Alone, Ranks, together
 from services.trainer.distributed.share import Share
 from services.trainer.stop import StopRequested
@@ -178,3 +179,18 @@ def test_what_several_processes_cannot_do(values: dict[str, Any], reason: str) -
     check_ranks(settings, 1)
     with pytest.raises(ConfigError, match=reason):
         check_ranks(settings, 4)
+
+
+def test_others_that_cannot_be_reached_are_one_line_that_may_pass() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        # Bound and not listened on: whoever connects is refused.
+        place = RankEnvironment(rank=1, num_ranks=2, local_rank=1, host="127.0.0.1", port=taken.getsockname()[1])
+        with (
+            pytest.raises(
+                RankLostError, match=r"^rank 1 does not reach the others by MASTER_ADDR=127\.0\.0\.1"
+            ) as told,
+            joined_ranks(place, device="cpu", timeout_s=1.0),
+        ):
+            pass
+    assert told.value.retryable
