@@ -14,6 +14,8 @@ from benchmarks.report import show
 from opd.queue.client_rules import MEMORY_FRACTION
 
 GIB, KIB = 1 << 30, 1 << 10
+# Far beyond any installation, and near enough to 1 that no product of all values leaves the range of a float.
+_LEAST, _MOST = 1e-12, 1e12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,12 +104,11 @@ class Need:
 
 
 def capacity(load: Load, costs: Costs | None = None) -> Need:
-    """The arithmetic, the same as in docs/scaling.md; ValueError for a value that is not positive."""
+    """The arithmetic, the same as in docs/scaling.md; ValueError for a value that is none to calculate with."""
     costs = costs or Costs()
     for given in (load, costs):
         for field in fields(given):
-            if getattr(given, field.name) <= 0:
-                raise ValueError(f"{field.name}={getattr(given, field.name)}: give more than 0")
+            _check(field.name, getattr(given, field.name))
     for name in ("utilisation", "redis_utilisation"):
         if getattr(load, name) > 1:
             raise ValueError(f"{name}={getattr(load, name)}: is a share; give 1 or less")
@@ -141,6 +142,16 @@ def capacity(load: Load, costs: Costs | None = None) -> Need:
         shards=math.ceil(shards[shards_by]),
         shards_by=shards_by,
     )
+
+
+def _check(name: str, value: float) -> None:
+    shown = f"{name}={str(value)[:40]}"
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{shown}: is not finite; give a number above 0")
+    if value <= 0:
+        raise ValueError(f"{shown}: give more than 0")
+    if not _LEAST <= value <= _MOST:
+        raise ValueError(f"{shown}: is out of all bounds; give {_LEAST:g} to {_MOST:g}")
 
 
 def main() -> None:

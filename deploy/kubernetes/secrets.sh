@@ -32,13 +32,20 @@ for tenant in "${tenants[@]}"; do
             echo "$0: --tenant $tenant: is the name of a Redis user that is there already; choose another" >&2
             exit 2
             ;;
+        metrics | hub)
+            echo "$0: --tenant $tenant: $tenant.token in FOLDER is a token of another kind; choose another name" >&2
+            exit 2
+            ;;
     esac
 done
 
 umask 077
 mkdir -p "$folder"
 secret() {  # 256 random bits, once
-    [ -s "$folder/$1" ] || head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' > "$folder/$1"
+    if [ ! -s "$folder/$1" ]; then
+        head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' > "$folder/$1.new"
+        mv "$folder/$1.new" "$folder/$1"
+    fi
 }
 sha256() {
     if command -v sha256sum >/dev/null; then sha256sum "$1"; else shasum -a 256 "$1"; fi | cut -d ' ' -f 1

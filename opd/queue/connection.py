@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -41,9 +41,24 @@ def hide_password(url: str) -> str:
     return re.sub(r"://([^:@]*):.*@", r"://\1:***@", shown)
 
 
+def split_url(url: str) -> SplitResult:
+    """The parts of a Redis URL; ConfigError, which does not show the password, where it has none."""
+    try:
+        parts = urlsplit(url)
+        # Read, and only then judged.
+        _ = parts.port
+    except ValueError:
+        # Not told in the words of the error, which quote what stands where the port should, or between brackets.
+        raise ConfigError(
+            f"redis_url={hide_password(url)}: cannot be read; write redis://user:password@host:port/0, and in a "
+            "password a bracket as %5B or %5D, a slash as %2F"
+        ) from None
+    return parts
+
+
 def without_identity(url: str) -> str:
-    """The same place, without user and password."""
-    parts = urlsplit(url)
+    """The same place, without user and password; ConfigError as `split_url`."""
+    parts = split_url(url)
     kept = [(name, value) for name, value in parse_qsl(parts.query) if name not in ("username", "password")]
     place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     return f"{place}?{urlencode(kept)}" if kept else place
@@ -74,7 +89,7 @@ class QueueConnection:
         max_connections: int = 8,
         credentials: Credentials | None = None,
     ) -> None:
-        if urlsplit(url).scheme not in _SCHEMES:
+        if split_url(url).scheme not in _SCHEMES:
             raise ConfigError(f"redis_url={hide_password(url)}: must start with redis://, rediss:// or unix://")
         self.label = hide_password(url)
         self.epoch = 0
@@ -168,7 +183,7 @@ class QueueConnection:
 
 def _identity(url: str, credentials: Credentials) -> dict[str, Any]:
     """The client's options for user, password and certificates."""
-    parts = urlsplit(url)
+    parts = split_url(url)
     options: dict[str, Any] = {}
     if credentials.token is not None and not parts.password and "password=" not in parts.query:
         if parts.scheme != "unix":
@@ -191,7 +206,7 @@ def _identity(url: str, credentials: Credentials) -> dict[str, Any]:
 
 def _way_in(url: str, options: dict[str, Any]) -> str:
     """What to do when Redis refuses who we say we are."""
-    parts = urlsplit(url)
+    parts = split_url(url)
     if "password" in options:
         user = parts.username or options.get("username") or "the URL's user"
         return f"give the token or password of {user}, or let `opd tenants acl --apply` set the users anew"

@@ -1,10 +1,11 @@
 """Who is let into Redis: passwords in URLs, and whether anybody at all comes in without one."""
 
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from opd.errors import OpdError
 from opd.paths import PATH_FAULTS
+from opd.queue.connection import split_url
 from opd.queue.examination import answers_anybody
 from services.doctor.findings import Finding, fail, ok, skipped, warn
 from services.doctor.plan import Plan
@@ -14,7 +15,7 @@ _CLOSE = "opd tenants acl --apply --close-default as another user, with every po
 
 async def check_entrance(plan: Plan) -> list[Finding]:
     """Of a Redis that answers us."""
-    parts = urlsplit(plan.redis_url or "")
+    parts = split_url(plan.redis_url or "")
     found = [await _check_default_user(plan)]
     if parts.password:
         found.append(warn("redis password", "stands in the URL, which other users may see in the list of processes",
@@ -42,7 +43,7 @@ async def _check_default_user(plan: Plan) -> Finding:
 
 
 def _is_private_socket(url: str) -> bool:
-    parts = urlsplit(url)
+    parts = split_url(url)
     if parts.scheme != "unix":
         return False
     try:

@@ -43,7 +43,7 @@ STATUS: dict[str, int] = {
 
 
 class HttpGate:
-    """Judges a request by its headers and notes its tenant in `request.state.tenant`."""
+    """Judges a request by its headers; notes its tenant and trace context in `request.state`."""
 
     def __init__(self, gate: Gate, settings: HttpSettings) -> None:
         self.gate = gate
@@ -56,11 +56,13 @@ class HttpGate:
         """Raises UnauthenticatedError, PermissionDeniedError or InvalidRequestError."""
         # What routing goes by; the URL is put together from headers, which the caller chooses.
         path, authorization = request.scope["path"], request.headers.get("authorization")
-        request.state.tenant = None
+        request.state.tenant, request.state.traceparent = None, ""
         if path == "/metrics":
             self._enter_metrics(authorization)
         elif path not in _OPEN_PATHS and not is_documentation(path):
             request.state.tenant = self.gate.authenticate(authorization)
+            # Not on the open paths: spans are for who was let in.
+            request.state.traceparent = checked_traceparent(request.headers.get("traceparent", ""))
         if request.method not in ("GET", "HEAD"):
             self._check_body(request)
 
@@ -90,10 +92,9 @@ def stand_before(app: FastAPI, doors: HttpGate, metrics: TeacherMetrics) -> None
     @app.middleware("http")
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         with serving(metrics, f"{request.method} {quote(request.scope['path'][:80])}") as served:
-            served.about(traceparent=checked_traceparent(request.headers.get("traceparent", "")))
             try:
                 doors.enter(request)
-                served.about(tenant=request.state.tenant or "")
+                served.about(tenant=request.state.tenant or "", traceparent=request.state.traceparent)
                 return await call_next(request)
             except OpdError as error:
                 return _refusal(error)

@@ -267,11 +267,16 @@ class QueueIntake:
             num_returned = await self._consumer.hand_back([delivery])
             # Added in a step of its own: others hand back while this one waits for Redis.
             self.num_handed_back += num_returned
-            served.handed_back(answer)
+            if num_returned:
+                served.handed_back(answer)
+            else:
+                served.lost(answer)
         elif isinstance(answer, OpdError):
             # What somebody else has answered by now is not counted twice in a pool.
             if await self._consumer.fail(delivery, answer):
                 served.refused(answer)
+            else:
+                served.lost(answer)
         else:
             with served.span.child("reply"):
                 await self._consumer.complete(delivery, answer)

@@ -84,6 +84,11 @@ class Serving:
         self._end_span(reason)
         self._tell("handed back", reason)
 
+    def lost(self, error: OpdError) -> None:
+        """What it ended with here reached nobody, since it was no longer ours to answer; whoever has it counts."""
+        self._end_span(error)
+        self._tell("lost", error)
+
     def failed(self) -> InternalError:
         """What to answer after an exception that nobody foresaw; logs its traceback, so call it while handling that."""
         _fault_log.exception("%s (request %s) failed for a fault of ours", self._subject, self.fields["request"])

@@ -74,6 +74,13 @@ def test_a_question_that_makes_no_sense_is_one_line(arguments: tuple[str, ...], 
     assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
 
 
+def test_a_bracket_in_a_password_is_a_finding_with_the_way_out(tmp_path: Path) -> None:
+    done = doctor("--redis-url", "redis://:sec[ret@127.0.0.1:1/0", "--folder", str(tmp_path), "--json")
+    (found,) = [item for item in json.loads(done.stdout)["findings"] if item["check"] == "redis"]
+    assert done.returncode == 1 and found["verdict"] == "fail" and "ret@" not in done.stdout
+    assert "a bracket as %5B" in found["message"] and found["mend"] == "correct the setting that it names"
+
+
 @pytest.mark.parametrize("url", ["http://host", "redis://host:notaport/0", "rediss://127.0.0.1:1/0", ""])
 def test_a_url_that_is_none_is_a_finding(url: str, tmp_path: Path) -> None:
     done = doctor("--redis-url", url, "--patience-s", "0.3", "--folder", str(tmp_path))

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from redis import Redis
 
 from opd.client import ScoreClient
 from opd.errors import DeadlineExceededError, InternalError, InvalidRequestError, NonFiniteError, OpdError
+from opd.queue.keys import GROUP, PoolKeys
 from opd.queue.score_client import QueueScoreClient
 from opd.types import ScoreReply
 from opd.wire.messages import encode_request
@@ -126,6 +128,34 @@ async def test_what_is_handed_back_is_no_error_of_the_request(redis_url: str, lo
             assert counts(second) == {}
     of_b = [span for span in traced.spans() if span.name == "serve" and span.attributes["rollout"] == "b"]
     assert sorted(span.error for span in of_b) == ["", "unavailable"]
+
+
+async def test_what_somebody_else_took_over_is_told_and_not_counted(
+    redis_url: str, log: JsonLog, traced: Traced
+) -> None:
+    """One request fails here and one would be handed back, after another replica has taken both."""
+    async with client_of(redis_url) as client, replica(redis_url, "first", max_batch_tokens=8) as first:
+        first.engine.gate.clear()
+        asked = [replace(named(name, token), traceparent=PARENT) for name, token in (("a", NAN_ID), ("b", 5))]
+        calls = [asyncio.create_task(client.score(request)) for request in asked]
+        await until(lambda: first.scoring.num_in_flight == 2)
+        await first.stop_taking()
+        requests = PoolKeys(first.intake.pool).requests("math")
+        with Redis.from_url(redis_url) as redis:
+            entries = [item["message_id"] for item in redis.xpending_range(requests, GROUP, "-", "+", 10)]
+            assert len(redis.xclaim(requests, GROUP, "other", 0, entries, justid=True)) == 2
+        stopping = asyncio.create_task(first.intake.stop(5.0))
+        await until(lambda: len(log.matching("^lost b of math: ")) == 1)
+        first.engine.gate.set()
+        await stopping
+        assert counts(first) == {} and first.intake.num_handed_back == 0
+        assert not any(call.done() for call in calls)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+    told = {line["rollout"]: line["code"] for line in log.matching("^(lost|refused|handed back) ")}
+    assert told == {"a": "non_finite", "b": "unavailable"} and len(log.matching("^lost ")) == 2
+    assert {span.attributes["rollout"]: span.error for span in traced.spans() if span.name == "serve"} == told
 
 
 async def test_a_deadline_that_passed_counts_once(redis_url: str) -> None:

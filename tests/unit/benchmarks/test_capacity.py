@@ -1,10 +1,11 @@
 """The arithmetic of capacity: by hand for one load, and how each need moves with what causes it."""
 
 import json
+import math
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -92,11 +93,32 @@ def test_twice_the_students_need_twice_of_everything() -> None:
         ({"redis_utilisation": 1.1}, "redis_utilisation=1.1: is a share"),
         ({"students": 0}, "students=0: give more than 0"),
         ({"utilisation": 1.5}, "utilisation=1.5: is a share"),
+        ({"step_s": math.nan}, "step_s=nan: is not finite"),
+        ({"peak": math.inf}, "peak=inf: is not finite"),
+        ({"peak": -math.inf}, "peak=-inf: is not finite"),
+        ({"teacher_tokens_per_s": 1e-320}, "teacher_tokens_per_s=1e-320: is out of all bounds; give 1e-12 to 1e+12"),
+        ({"peak": 1e308}, "peak=1e+308: is out of all bounds"),
+        ({"students": 10**400}, f"students=1{'0' * 39}: is out of all bounds"),
     ],
 )
 def test_a_value_that_cannot_be_is_named(change: dict[str, float], words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         capacity(replace(LOAD, **change))  # type: ignore[arg-type]
+
+
+def test_no_values_within_the_bounds_leave_the_range_of_numbers() -> None:
+    for most in (1, -1):
+        # All that raises a need at its most and all that lowers it at its least, and the reverse.
+        more, less = 10.0 ** (12 * most), 10.0 ** (-12 * most)
+        share = min(less, 1.0)
+        whole = int(max(more, 1.0))
+        load = Load(
+            students=whole, rollouts_per_step=whole, prompt_tokens=whole, response_tokens=whole, step_s=less,
+            peak=more, teacher_tokens_per_s=less, gpus_per_replica=whole, utilisation=share, redis_gib=less,
+            redis_gbit_per_s=less, redis_utilisation=share,
+        )  # fmt: skip
+        need = capacity(load, Costs(**dict.fromkeys(asdict(Costs()), more)))
+        assert all(0 < value < math.inf for value in asdict(need).values() if not isinstance(value, str))
 
 
 def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -111,6 +133,11 @@ def test_the_command_prints_one_object_and_refuses_in_one_line() -> None:
     assert found["replicas"] == capacity(Load(students=8, step_s=60.0)).replicas
     refused = run("--students=-1")
     assert refused.returncode == 2 and "students=-1" in refused.stderr and "Traceback" not in refused.stderr
+    for option in ("--redis-fixed-ms=nan", "--redis-gib=inf", "--step-s=1e-320"):
+        refused = run(option)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        name, value = option[2:].split("=")
+        assert f"error: {name.replace('-', '_')}={value}: is " in refused.stderr
 
 
 def test_the_documentation_quotes_what_the_model_says() -> None:

@@ -143,6 +143,28 @@ def test_the_password_of_the_operator_goes_into_no_secret(tmp_path: Path) -> Non
         assert all(password.encode() not in b64decode(value) for value in secret["data"].values())
 
 
+def test_a_secret_is_whole_or_not_there(tmp_path: Path) -> None:
+    """Making one breaks off half-way; the next run makes it anew."""
+    folder, broken = tmp_path / "secrets", tmp_path / "broken"
+    broken.mkdir()
+    (broken / "tr").write_text("#!/bin/sh\nprintf 0123\nexit 1\n", encoding="utf-8")
+    (broken / "tr").chmod(0o755)
+    command = [str(MANIFESTS / "secrets.sh"), str(folder), "--pool", "teacher", "--tenant", "student"]
+    environment = {**os.environ, "PATH": f"{broken}:{os.environ['PATH']}"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+    assert done.returncode != 0 and not (folder / "pool.password").exists()
+    make_secrets(folder, ["teacher"], ["student"])
+    assert len((folder / "pool.password").read_text(encoding="utf-8")) == 64
+    assert not list(folder.glob("*.new"))
+
+
+@pytest.mark.parametrize("name", ["metrics", "hub"])
+def test_a_tenants_token_is_no_other_file(tmp_path: Path, name: str) -> None:
+    command = [str(MANIFESTS / "secrets.sh"), str(tmp_path / "secrets"), "--pool", "teacher", "--tenant", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2 and f"--tenant {name}: {name}.token in FOLDER is" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["operator", "pool", "default"])
 def test_a_tenant_cannot_take_the_name_of_another_user(tmp_path: Path, name: str) -> None:
     command = [str(MANIFESTS / "secrets.sh"), str(tmp_path / "secrets"), "--pool", "teacher", "--tenant", name]

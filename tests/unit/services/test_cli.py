@@ -39,6 +39,30 @@ def test_help_loads_nothing_heavy(command: list[str]) -> None:
     assert "Usage" in found.stdout
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["pool", "serve", "teachers=['t']", "redis_url=redis://:sec[ret@127.0.0.1:1/0"],
+        ["pool", "status", "t", "--once", "--redis-url", "redis://:sec[ret@127.0.0.1:1/0"],
+        [
+            "teacher", "serve", "model=testbed/models/student-base", "http.port=0", "grpc.port=0",
+            "redis_url=redis://:sec[ret@127.0.0.1:1/0",
+        ],
+        [
+            "train", "student.model=testbed/models/student-base", "data.files=['testbed/data/heldout.jsonl']",
+            "run_dir=runs/never", "teacher.pool=t", "teacher.url=redis://:sec[ret@127.0.0.1:1/0",
+        ],
+    ],
+    ids=["pool serve", "pool status", "teacher serve", "train"],
+)  # fmt: skip
+@pytest.mark.timeout(120)
+def test_a_bracket_in_the_password_of_redis_is_one_line(arguments: list[str]) -> None:
+    found = opd(*arguments)
+    said = [text for text in found.stderr.splitlines() if text.strip()]
+    assert found.returncode == 2 and "a bracket as %5B" in said[-1], found.stderr
+    assert "Traceback" not in found.stderr and "sec[ret" not in found.stderr + found.stdout
+
+
 def test_help_answers_at_once() -> None:
     """In processor time, so that a busy machine does not decide: importing torch alone takes seconds."""
     before = time.perf_counter(), os.times()

@@ -132,7 +132,6 @@ async def test_scoring_over_http_is_a_part_of_the_callers_trace(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("changes", "headers", "code", "names"),
     [
-        ({}, {"authorization": "Bearer wrong"}, "unauthenticated", {"serve"}),
         ({"tenant": "code"}, {}, "permission_denied", {"serve"}),
         ({"response_token_ids": [4000]}, {}, "invalid_request", {"serve", "intake"}),
         ({"prompt_token_ids": [CRASH_ID]}, {}, "internal", {"serve", "intake", "batch_wait", "engine_pass"}),
@@ -150,6 +149,28 @@ async def test_a_refusal_over_http_marks_its_span(
         await http.post("/v1/score", json=BODY | changes, headers=HEADERS | headers)
     spans = traced.by_name()
     assert spans.keys() == names and spans["serve"].error == code
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "token", "status"),
+    [
+        ("POST", "/v1/score", "wrong", 401),
+        ("POST", "/v1/score", None, 401),
+        ("GET", "/nowhere", "wrong", 401),
+        ("POST", "/healthz", None, 405),
+        ("POST", "/metrics", None, 405),
+    ],
+)
+async def test_a_stranger_makes_no_span(
+    tmp_path: Path, traced: Traced, log: JsonLog, method: str, path: str, token: str | None, status: int
+) -> None:
+    headers = {"traceparent": PARENT} | ({} if token is None else {"authorization": f"Bearer {token}"})
+    async with serving(tmp_path) as service, plain_http(service) as http:
+        body = BODY if method == "POST" else None
+        assert (await http.request(method, path, json=body, headers=headers)).status_code == status
+        assert sum(counted_errors(service.metrics.render().decode()).values()) == 1
+    assert len(log.matching("^refused ")) == 1
+    assert traced.spans() == []
 
 
 async def test_a_refusal_at_the_gate_of_grpc_marks_its_span(tmp_path: Path, traced: Traced) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import socket
 import time
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from redis import Redis
@@ -17,7 +18,7 @@ from opd.errors import (
     QueueUnavailableError,
     UnauthenticatedError,
 )
-from opd.queue.connection import QueueConnection, hide_password
+from opd.queue.connection import QueueConnection, hide_password, split_url, without_identity
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,18 @@ def test_a_url_that_is_none_is_a_users_fault(url: str) -> None:
     with pytest.raises(ConfigError, match="redis_url=") as raised:
         QueueConnection(url)
     assert "secret" not in raised.value.message
+
+
+@pytest.mark.parametrize("password", ["sec[ret", "sec]ret", "[sec]ret", "sec/ret"])
+def test_a_password_that_breaks_the_url_is_told_without_it(password: str) -> None:
+    url = f"redis://user:{password}@host:6379/0"
+    for use in (QueueConnection, without_identity, split_url):
+        with pytest.raises(
+            ConfigError, match=r"^redis_url=redis://user:\*\*\*@host:6379/0: cannot be read; .* %5B"
+        ) as raised:
+            use(url)
+        assert "sec" not in raised.value.message and raised.value.__cause__ is None
+    assert split_url(f"redis://user:{quote(password, safe='')}@host:6379/0").hostname == "host"
 
 
 async def test_nobody_there_is_said_within_the_patience() -> None:
