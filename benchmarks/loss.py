@@ -55,7 +55,7 @@ def main() -> None:
         for positions, found in sizes.items()
         for side in SIDES
     ]
-    result = {"positions": stated, **sizes[stated], "gradient_error": _in_a_process("error", args.positions[0], args)}
+    result = {"positions": stated, **sizes[stated], "gradient_error": _in_a_process("error", stated, args)}
     result |= {"columns": args.columns, "hidden": args.hidden, "support": _SUPPORT, "sizes": sizes}
     show(["positions", "side", "seconds", "peak MiB"], rows, result)
 

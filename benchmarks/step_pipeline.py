@@ -286,7 +286,8 @@ def _real_case(processes: Any, run_dir: Path, url: str, how: tuple[str, int, int
         f"student.model={json.dumps(str(MODELS / 'student-base'))}", f"run_dir={json.dumps(str(run_dir))}",
         f"data.files={json.dumps([str(DATA / 'train.jsonl')])}",
         f"teacher.url={json.dumps(url)}", "teacher.pool=teacher-post",
-        f"steps={steps}", f"pipeline.mode={mode}", f"pipeline.max_policy_lag={lag}", "objective.staleness_cap=2.0",
+        f"steps={steps}", f"pipeline.mode={mode}", f"pipeline.max_policy_lag={lag}",
+        *(["objective.staleness_cap=2.0"] if lag else []),
         "student.device=cpu", "checkpoint.every_steps=0", "optim.warmup_steps=0", "metrics.coherence_every_steps=0",
     ]  # fmt: skip
     config = Path(__file__).parents[1] / "testbed" / "demo.toml"

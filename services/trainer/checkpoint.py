@@ -136,11 +136,13 @@ class CheckpointStore:
                 f"checkpoint {target}: cannot be written ({_reason(error)}); free or mount space there and use "
                 "--resume; earlier checkpoints are untouched"
             ) from error
-        self._forget_old()
+        self._forget_old(target)
         return target
 
-    def _forget_old(self) -> None:
-        for folder in self.folders()[: -self._keep_last]:
+    def _forget_old(self, newest: Path) -> None:
+        # Later ones are what a resumed run has passed over as damaged: they are no reason to let go of a sound one.
+        kept = [folder for folder in self.folders() if folder.name <= newest.name]
+        for folder in kept[: -self._keep_last]:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -319,7 +319,12 @@ class TrainSettings(Settings):
         self._check_context()
         check_objective(self)
         check_lora(self)
-        check_pipeline(self.pipeline, staleness_cap=self.objective.staleness_cap, deterministic=self.deterministic)
+        check_pipeline(
+            self.pipeline,
+            staleness_cap=self.objective.staleness_cap,
+            deterministic=self.deterministic,
+            needs_head=is_full_vocabulary,
+        )
         check_engine(self)
         if self.steps is not None and self.optim.warmup_steps > self.steps:
             raise ValueError(

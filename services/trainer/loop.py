@@ -77,6 +77,8 @@ class StepRecord:
     grad_norm: float
     lr: float
     timings_s: dict[str, float]
+    unpublished: OpdError | None = None
+    """Why the sampler does not have the new weights; the run ends with it once the step is on record."""
 
 
 class TrainingLoop:
@@ -130,7 +132,10 @@ class TrainingLoop:
         """Takes every step that is left; `after_step` logs, saves and evaluates."""
         self._weights.publish(self.step)
         while self.step < self._settings.num_steps:
-            after_step(self.run_step())
+            record = self.run_step()
+            after_step(record)
+            if record.unpublished is not None:
+                raise record.unpublished
 
     def run_step(self) -> StepRecord:
         """One step. An error says which it was; the weights are then those of the last one, unless it `is_updating`."""
@@ -156,7 +161,7 @@ class TrainingLoop:
         if self._horizon is not None:
             losses |= self._horizon.observe(scored)
         with clock.part("publish"):
-            self._weights.publish(self.step)
+            unpublished = self._publish()
         return StepRecord(
             step=self.step,
             prompts=current.prompts,
@@ -167,6 +172,7 @@ class TrainingLoop:
             grad_norm=grad_norm,
             lr=lr,
             timings_s=clock.timings_s(),
+            unpublished=unpublished,
         )
 
     def _sample_ahead(self, gradient: StepGradient, clock: StepClock) -> None:
@@ -279,6 +285,14 @@ class TrainingLoop:
             self._optimizer.zero_grad()
             raise NonFiniteError(f"the gradient's norm is {grad_norm}; lower optim.lr or look at the last rollouts")
         return grad_norm
+
+    def _publish(self) -> OpdError | None:
+        """What kept the weights from the sampler, if anything: the step is taken all the same."""
+        try:
+            self._weights.publish(self.step)
+        except OpdError as error:
+            return _at_step(self.step, error)
+        return None
 
     def _update(self) -> float:
         """Changes the weights, which are of no step until it is done; returns the learning rate."""

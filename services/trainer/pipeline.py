@@ -27,7 +27,9 @@ class PipelineSettings(Settings):
     `objective.staleness_cap`."""
 
 
-def check_pipeline(pipeline: PipelineSettings, *, staleness_cap: float | None, deterministic: bool) -> None:
+def check_pipeline(
+    pipeline: PipelineSettings, *, staleness_cap: float | None, deterministic: bool, needs_head: bool
+) -> None:
     """Raises `ValueError` naming the two settings that contradict each other, and the way out."""
     lag = pipeline.max_policy_lag
     if not lag:
@@ -41,6 +43,11 @@ def check_pipeline(pipeline: PipelineSettings, *, staleness_cap: float | None, d
         raise ValueError(
             f"pipeline.max_policy_lag={lag} with deterministic=true: a run that goes on after --resume would sample "
             "other rollouts than one that was never stopped; set one of them back"
+        )
+    if needs_head:
+        raise ValueError(
+            f"pipeline.max_policy_lag={lag} with objective.kind=full_vocabulary: hidden states of one teacher "
+            "could meet the output head of its successor; set max_policy_lag=0 or another kind"
         )
     if staleness_cap is None:
         raise ValueError(

@@ -97,7 +97,9 @@ def train(folder: Path, out: Path, steps: range, *, ranks: int = 1) -> list[dict
 def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     for ours, theirs in zip(found, expected, strict=True):
         assert ours["losses"].keys() == theirs["losses"].keys()
-        for name, value in theirs["losses"].items():
+        # How much is padded depends on who has which rollouts.
+        compared = {name: value for name, value in theirs["losses"].items() if not name.startswith("timing/")}
+        for name, value in compared.items():
             assert ours["losses"][name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
         assert ours["norm"] == pytest.approx(theirs["norm"], rel=1e-5)
 

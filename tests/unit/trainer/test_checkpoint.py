@@ -158,6 +158,16 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(
     assert again is not None and again.state.step == 2
 
 
+def test_a_damaged_later_one_is_no_reason_to_let_go_of_a_sound_one(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=1)
+    save(CheckpointStore(tmp_path, keep_last=2), 1)
+    flip_a_bit(save(CheckpointStore(tmp_path, keep_last=2), 9) / "model.safetensors")
+    save(store, 3)
+    found = store.latest()
+    assert found is not None and found.state.step == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000003", "step-000009"]
+
+
 def test_a_record_from_before_there_were_digests_is_read(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep_last=1)
     path = save(store, 3) / "trainer/state.json"

@@ -210,6 +210,7 @@ def test_a_configuration_is_refused_before_anything_heavy_is_imported() -> None:
             "pipeline.mode=sequential",
             r"^pipeline\.max_policy_lag=1 with mode=sequential: .* set pipeline\.mode=streaming",
         ),
+        ("objective.kind=full_vocabulary", r"^pipeline\.max_policy_lag=1 with objective\.kind=full_vocabulary: "),
         ("deterministic=true", r"^pipeline\.max_policy_lag=1 with deterministic=true: .* set one of them back$"),
     ],
 )
@@ -217,4 +218,4 @@ def test_a_lag_is_refused_where_it_cannot_be(further: str, message: str) -> None
     lagged = ["pipeline.max_policy_lag=1", "objective.staleness_cap=2"]
     assert load(*lagged).pipeline.max_policy_lag == 1
     with pytest.raises(ConfigError, match=message):
-        load(*lagged, further)
+        load(*lagged, "teacher.url=grpc://127.0.0.1:1", further)

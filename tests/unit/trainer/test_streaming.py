@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from opd.errors import DeadLetterError, InternalError
+from opd.errors import DeadLetterError, InternalError, RolloutEngineError
 from opd.types import Rollout, ScoreReply, ScoreRequest
 from services.trainer.config import OptimSettings
 from services.trainer.loop import StepRecord, TrainingLoop
@@ -298,3 +298,20 @@ def test_a_loop_that_is_asked_for_its_counts_in_mid_step_knows_what_it_has_sent(
     setup.client.on_submit = lambda request: seen.append(loop.counts.sent)
     loop.run_step()
     assert seen == list(range(8)) and loop.counts.scored == 8
+
+
+def test_a_step_whose_weights_do_not_reach_the_sampler_is_on_record_all_the_same() -> None:
+    setup = Setup(num_steps=3)
+    loop = setup.loop()
+    publish = loop._weights.publish
+
+    def refuses_two(version: int) -> None:
+        if version == 2:
+            raise RolloutEngineError("the engine is gone")
+        publish(version)
+
+    loop._weights.publish = refuses_two  # type: ignore[method-assign]
+    records: list[StepRecord] = []
+    with pytest.raises(RolloutEngineError, match=r"^step 2: the engine is gone$"):
+        loop.run(records.append)
+    assert [record.step for record in records] == [1, 2] and loop.step == 2 and not loop.is_updating

@@ -66,5 +66,6 @@ class FollowedWeights:
         self._teacher = teacher
 
     def publish(self, policy_version: int) -> None:
-        self._inner.publish(policy_version)
+        # First, so that a checkpoint is whole also where the weights do not reach the sampler.
         self._teacher.follow(policy_version)
+        self._inner.publish(policy_version)
