@@ -1,6 +1,7 @@
 """A run that is killed, again and again and wherever it is, and one that never was: the same numbers to the bit."""
 
 import json
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from redis import Redis
 from opd.queue.embedded import EmbeddedRedis
 from services.trainer.run_log import read_steps
 from tests.integration.trainer.test_training_processes import (
+    PATIENCE_S,
     Processes,
     finish,
     models,
@@ -25,8 +27,8 @@ from tests.integration.trainer.test_training_processes import (
 
 __all__ = ["models", "processes", "redis"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-STEPS = 9
-SETTINGS = (f"steps={STEPS}", "deterministic=true", "checkpoint.every_steps=2", "metrics.coherence_every_steps=3")
+STEPS = 14
+SETTINGS = (f"steps={STEPS}", "deterministic=true", "checkpoint.every_steps=1", "metrics.coherence_every_steps=3")
 
 
 def numbers(run_dir: Path) -> list[dict[str, Any]]:
@@ -39,6 +41,15 @@ def numbers(run_dir: Path) -> list[dict[str, Any]]:
 
 def is_writing(run_dir: Path) -> bool:
     return any((run_dir / "checkpoints").glob(".partial-*"))
+
+
+def watch_for(moment: Callable[[], bool], trainer: "subprocess.Popen[str]") -> None:
+    """Looks every few milliseconds: a checkpoint of this size is written in some tens of them."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not moment():
+        assert trainer.poll() is None, said(trainer)
+        assert time.monotonic() < deadline, said(trainer)
+        time.sleep(0.002)
 
 
 def whole(run_dir: Path) -> list[str]:
@@ -59,7 +70,7 @@ def test_killed_four_times_and_the_numbers_are_those_of_the_run_that_never_was(
     ]
     for moment in moments:
         trainer = processes.trainer(redis.url, *SETTINGS, "--resume")
-        wait_until(moment, trainer)
+        watch_for(moment, trainer)
         trainer.kill()
         trainer.wait()
     last = processes.trainer(redis.url, *SETTINGS, "--resume")
