@@ -119,7 +119,7 @@ def _prepare(settings: TrainSettings, stop: StopSignal, ranks: Ranks, opened: Ex
             check_continuity(checkpoint, prompts, settings)
     if isinstance(ranks, TorchRanks):
         shard_student(loaded.model, ranks.mesh)
-    with gathered(loaded.model), together(ranks), stop.interruptible():
+    with gathered(loaded.model, ranks), together(ranks), stop.interruptible():
         first_prompt = prompts.schedule.step_prompts(0)[0].prompt_token_ids
         engines = build_engines(settings, loaded, opened, probe_prompt=first_prompt)
         _check_context(settings, engines.training.max_context)
@@ -127,7 +127,8 @@ def _prepare(settings: TrainSettings, stop: StopSignal, ranks: Ranks, opened: Ex
         if held is not None:
             links = {ONLY_TEACHER: TeacherLink(settings=settings.teacher, client=held)}
         # Teachers may be long in coming, so they are met last.
-        evaluate = evaluated_once(ranks, loaded.model, _evaluator(settings, loaded, log, engines.evaluation))
+        of_rank_0 = _evaluator(settings, loaded, log, engines.evaluation)
+        evaluate = evaluated_once(ranks, loaded.model, of_rank_0, stop.interruptible)
         status.enter("waiting")
         teachers, teacher_head = _meet_teachers(settings, links, loaded, prompts, console)
     return _Parts(
@@ -160,7 +161,7 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
         row_chunk=settings.student.row_chunk,
         gradient_checkpointing=settings.student.gradient_checkpointing,
     )
-    optimizer = StudentOptimizer(loaded.model, settings.optim)
+    optimizer = StudentOptimizer(loaded.model, settings.optim, in_step=parts.ranks.in_step)
     config = public_config(settings)
     log.create(config)
     if parts.checkpoint is not None:
@@ -207,7 +208,7 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
         evaluate=parts.evaluate,
         status=parts.status,
         console=parts.console,
-        stop=parts.stop,
+        ranks=parts.ranks,
         alarms=_alarms(parts, loggers, horizon),
         loggers=loggers,
     )

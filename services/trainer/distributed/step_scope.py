@@ -103,12 +103,12 @@ class ShardedStep:
     @contextmanager
     def sampling(self, interruptible: Part) -> Iterator[None]:
         """All ranks leave it, or all raise the same error; see `together`."""
-        with gathered(self._student.model), together(self._ranks), interruptible():
+        with gathered(self._student.model, self._ranks), together(self._ranks), interruptible():
             yield
 
     def finishing(self, interruptible: Part) -> AbstractContextManager[None]:
         # A rank that left here would leave the others in the middle of a collective: signals are heard afterwards.
-        return nullcontext()
+        return self._ranks.in_step()
 
     def num_rounds(self, num_local: int) -> int:
         return self._ranks.most(num_local)

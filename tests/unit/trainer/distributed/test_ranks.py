@@ -1,14 +1,17 @@
 """What ranks agree on, without any process group: several are played by threads that wait for each other."""
 
+import re
 import socket
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from opd.errors import ConfigError, InternalError, RankLostError, TeacherUnavailableError
 from opd.settings import check_settings
@@ -44,6 +47,12 @@ class ThreadRanks:
     def most(self, value: int) -> int:
         return max(self.gather(value))
 
+    def check(self) -> None:
+        pass
+
+    def in_step(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
 
 def on_all(num_ranks: int, part: Callable[[Ranks], Any]) -> list[Any]:
     """What each rank returns or raises."""
@@ -71,6 +80,25 @@ def test_all_leave_together_with_the_error_of_one() -> None:
     assert str(second) == "no replica answers"
     assert str(first) == str(third) == "rank 1: no replica answers"
     assert (first.retry_after_s, first.retryable) == (2.0, True)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "heard"),
+    [
+        (torch.OutOfMemoryError("tried 2 GiB\nmore"), ConfigError, r"^rank 1: out of memory \(tried 2 GiB\); its own"),
+        (OSError("no space left"), InternalError, r"^rank 1: OSError: no space left$"),
+    ],
+)
+def test_an_error_of_others_ends_all_ranks_too(error: Exception, kind: type[Exception], heard: str) -> None:
+    def part(ranks: Ranks) -> None:
+        with together(ranks):
+            if ranks.rank == 1:
+                raise error
+
+    first, second = on_all(2, part)
+    assert second is error
+    assert type(first) is kind
+    assert re.match(heard, str(first))
 
 
 def test_the_lowest_of_several_errors_is_everybodys() -> None:
