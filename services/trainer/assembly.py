@@ -27,6 +27,7 @@ from services.trainer.config import ONLY_TEACHER, OnScoreFailure, TrainSettings
 from services.trainer.console import RunConsole
 from services.trainer.continuity import begin_anew, check_continuity, public_config, restore, starting_point
 from services.trainer.distributed.first_rank import evaluated_once, run_console, run_log
+from services.trainer.distributed.pins import SharedPins
 from services.trainer.distributed.process_group import TorchRanks
 from services.trainer.distributed.ranks import Alone, Ranks, together
 from services.trainer.distributed.saving import save_together
@@ -118,7 +119,8 @@ def _prepare(settings: TrainSettings, stop: StopSignal, ranks: Ranks, opened: Ex
         if checkpoint is not None:
             check_continuity(checkpoint, prompts, settings)
     if isinstance(ranks, TorchRanks):
-        shard_student(loaded.model, ranks.mesh)
+        with ranks.in_step():
+            shard_student(loaded.model, ranks.mesh)
     with gathered(loaded.model, ranks), together(ranks), stop.interruptible():
         first_prompt = prompts.schedule.step_prompts(0)[0].prompt_token_ids
         engines = build_engines(settings, loaded, opened, probe_prompt=first_prompt)
@@ -174,11 +176,12 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
     first_step = parts.checkpoint.state.step if parts.checkpoint else 0
     horizon = _horizon(settings, log)
     num_steps = settings.steps or parts.prompts.schedule.num_steps
+    pins = SharedPins(parts.teachers, parts.ranks) if parts.ranks.num_ranks > 1 else None
     loop = TrainingLoop(
         _loop_settings(settings, num_steps, parts.ranks),
         prompts=parts.prompts.schedule,
         engine=completed(parts.engines, student, settings),
-        teachers=parts.teachers,
+        teachers=pins or parts.teachers,
         student=student,
         loss=loss,
         optimizer=optimizer,
@@ -187,7 +190,7 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
         horizon=horizon,
         first_step=first_step,
         interruptible=parts.stop.interruptible,
-        scope=step_scope(parts.ranks, student, reduces_each_round=settings.distributed.reduces_each_round),
+        scope=step_scope(parts.ranks, student, reduces_each_round=settings.distributed.reduces_each_round, pins=pins),
     )
 
     def save(step: int) -> Path:

@@ -168,6 +168,10 @@ class Student:
         hidden_1H = self._hidden(PackedTokens(input_ids_N=ids_2, lengths=(2,), hidden_index_T=ids_2[:1]))
         return 0.0 * support_logits(hidden_1H, output_head(self.model), ids_2[:1, None], num_defined_ids=1).sum()
 
+    def num_places(self, tokens: PackedTokens) -> int:
+        """At which attention is computed in a pass over these; `DocumentForward.num_places`."""
+        return self._forward.num_places(tokens)
+
     def _response_hidden(self, batch: DistillBatch) -> Tensor:
         """[T, H] with gradient, of the positions that predict the response."""
         # Recomputation of whole layers is tied to training mode in transformers; nothing else differs without dropout.

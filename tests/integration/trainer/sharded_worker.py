@@ -1,7 +1,8 @@
 """One rank of a small training run on recorded rollouts, alone or under torchrun; rank 0 writes what came of it.
 
-`sharded_worker.py FOLDER OUT FIRST LAST [--kill|--fail|--hang|--leave RANK]`: FOLDER has a model, `plan.json` and a file of
-scored rollouts for each step, OUT gets `result.json` and checkpoints; a checkpoint that is there is gone on from.
+`sharded_worker.py FOLDER OUT FIRST LAST [--kill|--fail|--hang|--leave RANK]`: FOLDER has a model, `plan.json` and a
+file of scored rollouts for each step, OUT gets `result.json` and checkpoints; a checkpoint that is there already is
+gone on from.
 """
 
 import contextlib
@@ -82,7 +83,6 @@ class Worker:
     def save(self, step: int) -> None:
         state = TrainerState(step=step, seed=0, prompts_digest="d", config={})
         save_together(self.ranks, self.store, self.loaded.model, self.loaded.tokenizer, self.optimizer, state)
-
 
     def leave(self, step: int) -> None:
         """Runs out of memory alone, and saves what is complete, as a run does."""

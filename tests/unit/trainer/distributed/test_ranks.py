@@ -21,10 +21,12 @@ from services.trainer.diagnostics.means import Mean
 from services.trainer.diagnostics.positions import PositionScores
 from services.trainer.distributed.config import check_ranks
 from services.trainer.distributed.means import reduce_counts, reduce_means, slowest
+from services.trainer.distributed.pins import SharedPins
 from services.trainer.distributed.process_group import RankEnvironment, joined_ranks, rank_device
 from services.trainer.distributed.ranks import Alone, Ranks, together
 from services.trainer.distributed.share import Share
 from services.trainer.stop import StopRequested
+from services.trainer.teachers import NoTeachers
 
 
 class ThreadRanks:
@@ -121,6 +123,35 @@ def test_without_an_error_all_go_on_and_alone_nothing_changes() -> None:
     assert on_all(2, part) == ["went on"] * 2
     with pytest.raises(ConfigError, match=r"^as it was$"), together(Alone()):
         raise ConfigError("as it was")
+
+
+class Replaced(NoTeachers):
+    """Its teacher is another one from some time of asking on."""
+
+    def __init__(self, changes_at: int) -> None:
+        self._changes_at, self._asked = changes_at, 0
+
+    def pin(self) -> dict[str, str]:
+        self._asked += 1
+        return {"math": "new" if self._asked >= self._changes_at else "old", "code": "one"}
+
+
+def test_ranks_pin_again_until_all_see_one_teacher() -> None:
+    def part(ranks: Ranks) -> dict[str, str]:
+        pins = SharedPins(Replaced(1 if ranks.rank else 3), ranks, pause_s=0.01)
+        pins.agree()
+        return pins.pin()
+
+    assert on_all(2, part) == [{"math": "new", "code": "one"}] * 2
+
+
+def test_teachers_that_stay_different_are_an_error_that_may_pass() -> None:
+    def part(ranks: Ranks) -> None:
+        SharedPins(Replaced(1 if ranks.rank else 99), ranks, pause_s=0.01).agree()
+
+    for error in on_all(2, part):
+        assert type(error) is TeacherUnavailableError and error.retryable
+        assert re.match(r"^ranks see different teachers after 5 tries \(math: new, old\); wait until", str(error))
 
 
 @pytest.mark.parametrize(("num_prompts", "num_ranks"), [(5, 2), (8, 3), (7, 7), (64, 8)])
