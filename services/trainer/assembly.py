@@ -192,14 +192,6 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
         interruptible=parts.stop.interruptible,
         scope=step_scope(parts.ranks, student, reduces_each_round=settings.distributed.reduces_each_round, pins=pins),
     )
-
-    def save(step: int) -> Path:
-        state = TrainerState(step=step, seed=settings.seed, prompts_digest=parts.prompts.digest, config=config)
-        beside = adapted(loaded.model, parts.adapter)
-        return save_together(
-            parts.ranks, parts.store, loaded.model, loaded.tokenizer, optimizer, state, extra_state(parts.held), beside
-        )
-
     loggers = _loggers(parts, opened, config=config, first_step=first_step)
     return TrainingRun(
         settings,
@@ -207,7 +199,7 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
         loop=loop,
         metrics=_step_metrics(parts, student, loss),
         log=log,
-        save=save,
+        save=_saver(parts, optimizer, config),
         evaluate=parts.evaluate,
         status=parts.status,
         console=parts.console,
@@ -215,6 +207,19 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
         alarms=_alarms(parts, loggers, horizon),
         loggers=loggers,
     )
+
+
+def _saver(parts: _Parts, optimizer: StudentOptimizer, config: dict[str, Any]) -> Callable[[int], Path]:
+    loaded = parts.loaded
+
+    def save(step: int) -> Path:
+        state = TrainerState(step=step, seed=parts.settings.seed, prompts_digest=parts.prompts.digest, config=config)
+        beside = adapted(loaded.model, parts.adapter)
+        return save_together(
+            parts.ranks, parts.store, loaded.model, loaded.tokenizer, optimizer, state, extra_state(parts.held), beside
+        )
+
+    return save
 
 
 def _loggers(parts: _Parts, opened: ExitStack, *, config: dict[str, Any], first_step: int) -> Loggers:
