@@ -98,6 +98,8 @@ def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
     for ours, theirs in zip(found, expected, strict=True):
         assert ours["losses"].keys() == theirs["losses"].keys()
         for name, value in theirs["losses"].items():
+            if name.startswith("timing/"):  # Other micro-batches, so other padding.
+                continue
             assert ours["losses"][name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
         assert ours["norm"] == pytest.approx(theirs["norm"], rel=1e-5)
 
