@@ -27,6 +27,7 @@ from services.trainer.config import ONLY_TEACHER, OnScoreFailure, TrainSettings
 from services.trainer.console import RunConsole
 from services.trainer.continuity import begin_anew, check_continuity, public_config, restore, starting_point
 from services.trainer.distributed.first_rank import evaluated_once, run_console, run_log
+from services.trainer.distributed.pins import SharedPins
 from services.trainer.distributed.process_group import TorchRanks
 from services.trainer.distributed.ranks import Alone, Ranks, together
 from services.trainer.distributed.saving import save_together
@@ -118,8 +119,9 @@ def _prepare(settings: TrainSettings, stop: StopSignal, ranks: Ranks, opened: Ex
         if checkpoint is not None:
             check_continuity(checkpoint, prompts, settings)
     if isinstance(ranks, TorchRanks):
-        shard_student(loaded.model, ranks.mesh)
-    with gathered(loaded.model), together(ranks), stop.interruptible():
+        with ranks.in_step():
+            shard_student(loaded.model, ranks.mesh)
+    with gathered(loaded.model, ranks), together(ranks), stop.interruptible():
         first_prompt = prompts.schedule.step_prompts(0)[0].prompt_token_ids
         engines = build_engines(settings, loaded, opened, probe_prompt=first_prompt)
         _check_context(settings, engines.training.max_context)
@@ -127,7 +129,8 @@ def _prepare(settings: TrainSettings, stop: StopSignal, ranks: Ranks, opened: Ex
         if held is not None:
             links = {ONLY_TEACHER: TeacherLink(settings=settings.teacher, client=held)}
         # Teachers may be long in coming, so they are met last.
-        evaluate = evaluated_once(ranks, loaded.model, _evaluator(settings, loaded, log, engines.evaluation))
+        of_rank_0 = _evaluator(settings, loaded, log, engines.evaluation)
+        evaluate = evaluated_once(ranks, loaded.model, of_rank_0, stop.interruptible)
         status.enter("waiting")
         teachers, teacher_head = _meet_teachers(settings, links, loaded, prompts, console)
     return _Parts(
@@ -160,7 +163,7 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
         row_chunk=settings.student.row_chunk,
         gradient_checkpointing=settings.student.gradient_checkpointing,
     )
-    optimizer = StudentOptimizer(loaded.model, settings.optim)
+    optimizer = StudentOptimizer(loaded.model, settings.optim, in_step=parts.ranks.in_step)
     config = public_config(settings)
     log.create(config)
     if parts.checkpoint is not None:
@@ -173,11 +176,12 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
     first_step = parts.checkpoint.state.step if parts.checkpoint else 0
     horizon = _horizon(settings, log)
     num_steps = settings.steps or parts.prompts.schedule.num_steps
+    pins = SharedPins(parts.teachers, parts.ranks) if parts.ranks.num_ranks > 1 else None
     loop = TrainingLoop(
         _loop_settings(settings, num_steps, parts.ranks),
         prompts=parts.prompts.schedule,
         engine=completed(parts.engines, student, settings),
-        teachers=parts.teachers,
+        teachers=pins or parts.teachers,
         student=student,
         loss=loss,
         optimizer=optimizer,
@@ -186,16 +190,8 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
         horizon=horizon,
         first_step=first_step,
         interruptible=parts.stop.interruptible,
-        scope=step_scope(parts.ranks, student, reduces_each_round=settings.distributed.reduces_each_round),
+        scope=step_scope(parts.ranks, student, reduces_each_round=settings.distributed.reduces_each_round, pins=pins),
     )
-
-    def save(step: int) -> Path:
-        state = TrainerState(step=step, seed=settings.seed, prompts_digest=parts.prompts.digest, config=config)
-        beside = adapted(loaded.model, parts.adapter)
-        return save_together(
-            parts.ranks, parts.store, loaded.model, loaded.tokenizer, optimizer, state, extra_state(parts.held), beside
-        )
-
     loggers = _loggers(parts, opened, config=config, first_step=first_step)
     return TrainingRun(
         settings,
@@ -203,14 +199,27 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
         loop=loop,
         metrics=_step_metrics(parts, student, loss),
         log=log,
-        save=save,
+        save=_saver(parts, optimizer, config),
         evaluate=parts.evaluate,
         status=parts.status,
         console=parts.console,
-        stop=parts.stop,
+        ranks=parts.ranks,
         alarms=_alarms(parts, loggers, horizon),
         loggers=loggers,
     )
+
+
+def _saver(parts: _Parts, optimizer: StudentOptimizer, config: dict[str, Any]) -> Callable[[int], Path]:
+    loaded = parts.loaded
+
+    def save(step: int) -> Path:
+        state = TrainerState(step=step, seed=parts.settings.seed, prompts_digest=parts.prompts.digest, config=config)
+        beside = adapted(loaded.model, parts.adapter)
+        return save_together(
+            parts.ranks, parts.store, loaded.model, loaded.tokenizer, optimizer, state, extra_state(parts.held), beside
+        )
+
+    return save
 
 
 def _loggers(parts: _Parts, opened: ExitStack, *, config: dict[str, Any], first_step: int) -> Loggers:

@@ -55,6 +55,13 @@ class DocumentForward:
         groups = (tokens.as_one_group(),) if self._in_one_pass else tokens.groups
         return torch.cat([self._padded(tokens, group) for group in groups])
 
+    def num_places(self, tokens: PackedTokens) -> int:
+        """At which attention is computed for them, those after the end of a document included."""
+        if self._in_one_pass and not self.is_packed:
+            group = tokens.as_one_group()
+            return group.num_documents * group.longest
+        return tokens.num_places
+
     def _packed(self, tokens: PackedTokens) -> tuple[Tensor, list[int | None]]:
         input_ids, position_ids, sharing = tokens.input_ids_N, tokens.position_ids_N, tokens.sharing
         if sharing is not None:

@@ -75,7 +75,7 @@ class DistillLoss:
                 name_position=batch.name_position,
             )
         )
-        places = batch.tokens.num_places
+        places = self._student.num_places(batch.tokens)
         padding = Mean(total=places - len(batch.tokens.input_ids_N), count=places)
         return replace(output, metrics=output.metrics | {"timing/padding_share": padding})
 

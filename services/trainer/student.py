@@ -7,6 +7,7 @@ exist. Dropout is switched off: the loss is a divergence of the distribution tha
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -167,6 +168,10 @@ class Student:
         hidden_1H = self._hidden(PackedTokens(input_ids_N=ids_2, lengths=(2,), hidden_index_T=ids_2[:1]))
         return 0.0 * support_logits(hidden_1H, output_head(self.model), ids_2[:1, None], num_defined_ids=1).sum()
 
+    def num_places(self, tokens: PackedTokens) -> int:
+        """At which attention is computed in a pass over these; `DocumentForward.num_places`."""
+        return self._forward.num_places(tokens)
+
     def _response_hidden(self, batch: DistillBatch) -> Tensor:
         """[T, H] with gradient, of the positions that predict the response."""
         # Recomputation of whole layers is tied to training mode in transformers; nothing else differs without dropout.
@@ -238,9 +243,18 @@ class StudentOptimizer:
     """AdamW with clipping and linear warm-up; matrices decay, norms and biases do not."""
 
     def __init__(
-        self, model: nn.Module, settings: OptimSettings, lr_factor: Callable[[int], float] | None = None
+        self,
+        model: nn.Module,
+        settings: OptimSettings,
+        lr_factor: Callable[[int], float] | None = None,
+        *,
+        in_step: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """`lr_factor` is what the learning rate is multiplied with at a step counted from 0, instead of the warm-up."""
+        """`lr_factor` is what the learning rate is multiplied with at a step counted from 0, instead of the warm-up.
+
+        `in_step` is entered where a student in shards waits for other ranks; see `Ranks.in_step`.
+        """
+        self._in_step = in_step
         self._settings = settings
         self._lr_factor = lr_factor or self._warmup_factor
         release(model)
@@ -271,14 +285,16 @@ class StudentOptimizer:
     def clip(self) -> float:
         """Scales the gradient to at most `max_grad_norm`; returns its norm before that, finite or not."""
         parameters = [parameter for _, parameter in self._named]
-        return float(whole(nn.utils.clip_grad_norm_(parameters, self._settings.max_grad_norm)))
+        with self._in_step():
+            return float(whole(nn.utils.clip_grad_norm_(parameters, self._settings.max_grad_norm)))
 
     def step(self, step: int) -> float:
         """Applies the gradient; returns the learning rate used at `step` (counted from 0)."""
         lr = self._settings.lr * self._lr_factor(step)
         for group in self._adamw.param_groups:
             group["lr"] = lr
-        self._adamw.step()
+        with self._in_step():
+            self._adamw.step()
         return lr
 
     def _warmup_factor(self, step: int) -> float:

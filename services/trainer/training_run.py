@@ -17,12 +17,14 @@ from opd.errors import CheckpointError, InternalError, NonFiniteError, OpdError,
 from services.trainer.alarms.desk import AlarmDesk, StoppedByAlarm
 from services.trainer.config import TrainSettings
 from services.trainer.console import RunConsole
+from services.trainer.distributed.means import reduce_counts
+from services.trainer.distributed.ranks import Ranks
 from services.trainer.http_api import RunStatus
 from services.trainer.loggers.contract import Loggers
 from services.trainer.loop import StepRecord, TrainingLoop
 from services.trainer.run_log import RunLog, first_and_last
 from services.trainer.step_metrics import StepMetrics
-from services.trainer.stop import StopRequested, StopSignal
+from services.trainer.stop import StopRequested
 from services.trainer.teacher_client import fixed_part
 
 _log = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ class TrainingRun:
         evaluate: Callable[[int], dict[str, float]] | None,
         status: RunStatus,
         console: RunConsole,
-        stop: StopSignal,
+        ranks: Ranks,
         alarms: AlarmDesk,
         loggers: Loggers,
     ) -> None:
@@ -57,7 +59,7 @@ class TrainingRun:
         self._evaluate_step = evaluate
         self._status = status
         self._console = console
-        self._stop = stop
+        self._ranks = ranks
         self._alarms = alarms
         self._loggers = loggers
         self._resources = ExitStack()
@@ -97,7 +99,7 @@ class TrainingRun:
         evaluation = self._settings.evaluation
         if evaluation.before and self._first_step == 0:
             self._evaluate()
-        self._log.write_event("start", step=self._first_step, num_steps=self._num_steps)
+        self._note("start", step=self._first_step, num_steps=self._num_steps)
         self._status.begin(self._first_step, self._num_steps)
         self._console.begin(self._first_step, self._num_steps)
         self._loop.run(self._after_step)
@@ -109,19 +111,35 @@ class TrainingRun:
         teachers = {name: fixed_part(fingerprint) for name, fingerprint in record.fingerprints.items()}
         if teachers != self._teachers:
             self._teachers = teachers
-            self._log.write_event("teachers", step=record.step, fingerprints=record.fingerprints)
-        summary = self._metrics.summarize(record)
-        written = self._log.write_step(record.step, summary.values, summary.arrays)
-        self._status.finish_step(record.step, summary.values)
-        self._console.finish_step(record.step, self._num_steps, summary.values)
-        self._loggers.log_step(record.step, summary)
-        self._alarms.judge(written)
+            self._note("teachers", step=record.step, fingerprints=record.fingerprints)
+        with self._ranks.in_step():
+            summary = self._metrics.summarize(record)
+            written = self._log.write_step(record.step, summary.values, summary.arrays)
+            self._status.finish_step(record.step, summary.values)
+            self._console.finish_step(record.step, self._num_steps, summary.values)
+            self._loggers.log_step(record.step, summary)
+            stopped = self._judge(written)
+        if stopped is not None:
+            raise stopped
         every = self._settings.checkpoint.every_steps
         if every and record.step % every == 0:
             self._save()
         every = self._settings.evaluation.every_steps
         if every and record.step % every == 0 and record.step < self._num_steps:
             self._evaluate()
+
+    def _judge(self, written: Mapping[str, Any]) -> StoppedByAlarm | None:
+        try:
+            self._alarms.judge(written)
+        except StoppedByAlarm as request:
+            # All ranks judge the same numbers, so this is no way of leaving the others.
+            return request
+        return None
+
+    def _note(self, event: str, **values: Any) -> None:
+        """Writes an event while the run goes on; a disk that refuses it ends all ranks."""
+        with self._ranks.in_step():
+            self._log.write_event(event, **values)
 
     def _save(self) -> None:
         """Writes the last completed step, once."""
@@ -130,15 +148,14 @@ class TrainingRun:
             return
         folder = self._save_step(step)
         self._saved_step = step
-        self._log.write_event("checkpoint", step=step, folder=folder.name)
+        self._note("checkpoint", step=step, folder=folder.name)
 
     def _evaluate(self) -> None:
         if self._evaluate_step is None:
             return
         self._status.enter("evaluating")
-        with self._stop.interruptible():
-            results = self._evaluate_step(self._loop.step)
-        self._log.write_event("evaluation", step=self._loop.step, results=results)
+        results = self._evaluate_step(self._loop.step)
+        self._note("evaluation", step=self._loop.step, results=results)
         self._loggers.log_values(self._loop.step, {f"evaluation/{name}": value for name, value in results.items()})
         self._evaluations.append({"step": self._loop.step} | results)
         found = "  ".join(f"{name} {value:.4f}" for name, value in results.items())
@@ -160,7 +177,8 @@ class TrainingRun:
         )
         try:
             self._log.write_event("error", code=known.code, message=known.message)
-            self._end("failed", saves=is_sound)
+            # Ranks save together, so one that fails by itself cannot.
+            self._end("failed", saves=is_sound and self._is_together())
         except Exception as another:
             _log.error("the failed run could not be put in order: %s", another)
 
@@ -178,12 +196,23 @@ class TrainingRun:
 
     def _sent(self, records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         counts = self._loop.counts
+        # Only a step that was not completed leaves rollouts that are neither scored nor lost.
+        abandoned = {"abandoned": float(counts.sent - counts.scored - counts.lost)}
+        if self._is_together():
+            abandoned = reduce_counts(self._ranks, abandoned)
         sent = {
             f"rollouts_{name}": round(sum(record.get(f"queue/rollouts_{name}", 0) for record in records))
             for name in ("sent", "scored", "lost")
         }
-        # Only a step that was not completed leaves rollouts that are neither scored nor lost.
-        return sent | {"rollouts_abandoned": counts.sent - counts.scored - counts.lost}
+        return sent | {"rollouts_abandoned": round(abandoned["abandoned"])}
+
+    def _is_together(self) -> bool:
+        """Whether the other ranks still do what this one does."""
+        try:
+            self._ranks.check()
+        except RankLostError:
+            return False
+        return True
 
 
 def close_within(close: Callable[[], None], name: str, *, limit_s: float = _CLOSE_S) -> None:

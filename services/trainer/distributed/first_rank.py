@@ -4,6 +4,7 @@ All ranks go through the same steps, metrics and decisions; a file, a line, a se
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,19 @@ def run_console(ranks: Ranks) -> RunConsole:
     return RunConsole(Console(stderr=True, quiet=ranks.rank > 0))
 
 
-def evaluated_once(ranks: Ranks, model: nn.Module, evaluate: Evaluate | None) -> Evaluate | None:
-    """Evaluates on rank 0, from a whole copy of the weights, while the others wait; all get the results."""
-    if evaluate is None or ranks.num_ranks == 1:
-        return evaluate
+def evaluated_once(
+    ranks: Ranks, model: nn.Module, evaluate: Evaluate | None, interruptible: Callable[[], AbstractContextManager[None]]
+) -> Evaluate | None:
+    """Evaluates on rank 0, from a whole copy of the weights, while the others wait; all get the results.
+
+    A signal ends it at once, for all ranks alike; see `StopSignal.interruptible`.
+    """
+    if evaluate is None:
+        return None
 
     def evaluate_together(step: int) -> dict[str, float]:
         results: dict[str, float] = {}
-        with gathered(model), together(ranks):
+        with gathered(model, ranks), together(ranks), interruptible():
             if ranks.rank == 0:
                 results = evaluate(step)
         first: dict[str, float] = ranks.gather(results)[0]

@@ -97,12 +97,10 @@ class TorchRanks:
         self.check()
         try:
             yield
-        except (OpdError, torch.OutOfMemoryError):
+        except Exception as error:
             self._has_left = True
-            raise
-        except RuntimeError as error:
-            self._has_left = True
-            self._explain(error)
+            if isinstance(error, RuntimeError) and not isinstance(error, OpdError | torch.OutOfMemoryError):
+                self._explain(error)
             raise
 
     def _explain(self, error: RuntimeError) -> None:

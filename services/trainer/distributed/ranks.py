@@ -5,10 +5,12 @@ small and travel as JSON or integers, never as pickles.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
-from opd.errors import OpdError, from_code
+import torch
+
+from opd.errors import ConfigError, InternalError, OpdError, RankLostError, first_line, from_code
 from services.trainer.stop import StopRequested
 
 
@@ -35,6 +37,14 @@ class Ranks(Protocol):
         """The JSON value of every rank, by rank; floats come back bit-equal."""
         ...
 
+    def check(self) -> None:
+        """`RankLostError` where nothing can be done together any more. Not collective."""
+        ...
+
+    def in_step(self) -> AbstractContextManager[None]:
+        """Around what all ranks go through alike. Whoever leaves it by an error has left the others for good."""
+        ...
+
 
 class Alone:
     """A run in one process."""
@@ -51,30 +61,51 @@ class Alone:
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
+    def check(self) -> None:
+        """There is nobody to lose."""
+
+    def in_step(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
 
 @contextmanager
 def together(ranks: Ranks) -> Iterator[None]:
     """A part in which ranks do different work: all leave it, or all raise what the lowest of those that failed raised.
 
-    Without it a rank whose scoring failed would leave the others waiting in the next collective. An error that is not
-    ours passes at once: it ends this process, which the others notice.
+    Without it a rank whose scoring failed would leave the others waiting in the next collective. Of an error that is
+    not ours, such as out of memory, the others hear in one of ours.
     """
-    failure: OpdError | StopRequested | None = None
+    failure: Exception | StopRequested | None = None
     try:
         yield
-    except (OpdError, StopRequested) as error:
+    except (Exception, StopRequested) as error:
         failure = error
-    for rank, told in enumerate(ranks.gather(_told(failure))):
+    try:
+        told_by_all = ranks.gather(_told(failure))
+    except RankLostError as lost:
+        raise lost from failure
+    for rank, told in enumerate(told_by_all):
         if told is not None:
-            raise failure if rank == ranks.rank and failure is not None else _heard(rank, told)
+            if rank == ranks.rank and failure is not None:
+                raise failure
+            raise _heard(rank, told) from failure
 
 
-def _told(failure: OpdError | StopRequested | None) -> dict[str, Any] | None:
+def _told(failure: Exception | StopRequested | None) -> dict[str, Any] | None:
     if failure is None:
         return None
     if isinstance(failure, StopRequested):
         return {"signal": failure.number}
-    return {"code": failure.code, "message": failure.message, "retry_after_s": failure.retry_after_s}
+    known = _known(failure)
+    return {"code": known.code, "message": known.message, "retry_after_s": known.retry_after_s}
+
+
+def _known(failure: Exception) -> OpdError:
+    if isinstance(failure, OpdError):
+        return failure
+    if isinstance(failure, torch.OutOfMemoryError):
+        return ConfigError(f"out of memory ({first_line(failure)}); its own last line names the settings to lower")
+    return InternalError(f"{type(failure).__name__}: {first_line(failure)}")
 
 
 def _heard(rank: int, told: dict[str, Any]) -> OpdError | StopRequested:

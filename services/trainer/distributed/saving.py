@@ -25,12 +25,16 @@ def save_together(
     extra: dict[str, dict[str, Tensor]] | None = None,
     beside: Adapted | None = None,
 ) -> Path:
-    """Collective; the folder. A disk that refuses is the same `CheckpointError` on all ranks."""
+    """Collective; the folder. A disk that refuses is the same `CheckpointError` on all ranks.
+
+    `RankLostError`, and nothing saved, once one of them has left the others.
+    """
     if not is_sharded(model):
         return store.save(model, tokenizer, optimizer.state_tensors(), state, extra, **(beside or Adapted()))
     is_writer = ranks.rank == 0
-    weights = whole_weights(model, keeps=is_writer)
-    tensors = whole_on_host(optimizer.state_tensors(), keeps=is_writer)
+    with ranks.in_step():
+        weights = whole_weights(model, keeps=is_writer)
+        tensors = whole_on_host(optimizer.state_tensors(), keeps=is_writer)
     folder = ""
     with together(ranks):
         if is_writer:

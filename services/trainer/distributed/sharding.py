@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opd.errors import ConfigError
+from services.trainer.distributed.ranks import Alone, Ranks
 
 _DECODE = "opd_decode"
 
@@ -85,18 +86,19 @@ def release(model: nn.Module) -> None:
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
+def gathered(model: nn.Module, ranks: Ranks | None = None) -> Iterator[None]:
     """Within, every rank has all weights and forward passes ask nobody, as sampling needs; none may be changed.
 
     Collective on entry. Takes a copy of the weights in the precision they are gathered in. Nothing happens for a model
-    that is not in shards.
+    that is not in shards. Of `ranks`, one that is gone is a `RankLostError`.
     """
     modules = sharded_modules(model)
-    for module in modules:
-        module.set_reshard_after_forward(False, recurse=False)
-        # Also when gathered already: that copy may be of older weights.
-        module.reshard()
-        module.unshard()
+    with (ranks or Alone()).in_step():
+        for module in modules:
+            module.set_reshard_after_forward(False, recurse=False)
+            # Also when gathered already: that copy may be of older weights.
+            module.reshard()
+            module.unshard()
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from services.trainer.diagnostics.means import Mean
 from services.trainer.distributed.means import reduce_means
+from services.trainer.distributed.pins import SharedPins
 from services.trainer.distributed.process_group import TorchRanks
 from services.trainer.distributed.ranks import together
 from services.trainer.distributed.sharding import gathered, sharded_modules
@@ -94,21 +95,26 @@ class ShardedStep:
     sends it one time. While ranks sample, each has a whole copy of the weights.
     """
 
-    def __init__(self, ranks: TorchRanks, student: Student, *, reduces_each_round: bool = True) -> None:
+    def __init__(
+        self, ranks: TorchRanks, student: Student, *, reduces_each_round: bool = True, pins: SharedPins | None = None
+    ) -> None:
         self.share = Share(rank=ranks.rank, num_ranks=ranks.num_ranks)
         self._ranks = ranks
         self._student = student
         self._reduces_each_round = reduces_each_round
+        self._pins = pins
 
     @contextmanager
     def sampling(self, interruptible: Part) -> Iterator[None]:
         """All ranks leave it, or all raise the same error; see `together`."""
-        with gathered(self._student.model), together(self._ranks), interruptible():
+        if self._pins is not None:
+            self._pins.agree()
+        with gathered(self._student.model, self._ranks), together(self._ranks), interruptible():
             yield
 
     def finishing(self, interruptible: Part) -> AbstractContextManager[None]:
         # A rank that left here would leave the others in the middle of a collective: signals are heard afterwards.
-        return nullcontext()
+        return self._ranks.in_step()
 
     def num_rounds(self, num_local: int) -> int:
         return self._ranks.most(num_local)
@@ -131,8 +137,10 @@ class ShardedStep:
         return reduce_means(self._ranks, means)
 
 
-def step_scope(ranks: object, student: Student, *, reduces_each_round: bool = True) -> StepScope:
-    """The scope that fits how many ranks there are."""
+def step_scope(
+    ranks: object, student: Student, *, reduces_each_round: bool = True, pins: SharedPins | None = None
+) -> StepScope:
+    """The scope that fits how many ranks there are. `pins` are agreed on before each step."""
     if not isinstance(ranks, TorchRanks):
         return LocalStep()
-    return ShardedStep(ranks, student, reduces_each_round=reduces_each_round)
+    return ShardedStep(ranks, student, reduces_each_round=reduces_each_round, pins=pins)

@@ -27,7 +27,8 @@ from services.trainer.rollout.vllm_weights import DriftProbe, FileSender, Publis
 from tests.contract.engines.conftest import need_vllm
 from tests.unit.teacher_server.tiny_teachers import tiny_config
 
-MODELS = Path(__file__).parents[3] / "testbed/models"
+ROOT = Path(__file__).parents[3]
+MODELS = ROOT / "testbed/models"
 EOS, K, MAX_CONTEXT = 2, 6, 120
 NUM_IDS, NUM_HOSTILE_IDS = 512, 90
 TOLERANCE = 1e-3
@@ -72,6 +73,7 @@ def _python(folder: Path) -> Path | None:
     wrapper.write_text(
         f"#!{sys.executable}\n"
         "import runpy, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from tests.contract.engines.conftest import believe_in_triton\n"
         "believe_in_triton()\n"
         "sys.argv = sys.argv[2:]\n"

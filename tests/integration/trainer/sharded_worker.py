@@ -1,9 +1,11 @@
 """One rank of a small training run on recorded rollouts, alone or under torchrun; rank 0 writes what came of it.
 
-`sharded_worker.py FOLDER OUT FIRST LAST [--kill|--fail|--hang RANK]`: FOLDER has a model, `plan.json` and a file of
-scored rollouts for each step, OUT gets `result.json` and checkpoints; a checkpoint that is there is gone on from.
+`sharded_worker.py FOLDER OUT FIRST LAST [--kill|--fail|--hang|--leave RANK]`: FOLDER has a model, `plan.json` and a
+file of scored rollouts for each step, OUT gets `result.json` and checkpoints; a checkpoint that is there already is
+gone on from.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -82,6 +84,12 @@ class Worker:
         state = TrainerState(step=step, seed=0, prompts_digest="d", config={})
         save_together(self.ranks, self.store, self.loaded.model, self.loaded.tokenizer, self.optimizer, state)
 
+    def leave(self, step: int) -> None:
+        """Runs out of memory alone, and saves what is complete, as a run does."""
+        with contextlib.suppress(torch.OutOfMemoryError), self.scope.micro_batch(is_last=True):
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        self.save(step)
+
 
 def main() -> int:
     folder, out, first, last = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
@@ -95,6 +103,8 @@ def main() -> int:
             for step in range(first, last):
                 with together(ranks):
                     _happen(event if ranks.rank == whom and step == 1 else "")
+                if event == "--leave" and ranks.rank == whom and step == 1:
+                    worker.leave(step)
                 steps.append(worker.train(step))
                 worker.save(step + 1)
             if ranks.rank == 0:

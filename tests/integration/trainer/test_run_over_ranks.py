@@ -114,6 +114,31 @@ def test_sigterm_saves_what_is_complete(world: Path, tmp_path: Path) -> None:
     assert json.loads((run_dir / "train_summary.json").read_text())["state"] == "stopped"
 
 
+def test_sigterm_ends_an_evaluation_at_once(world: Path, tmp_path: Path) -> None:
+    run_dir, problems = tmp_path / "run", tmp_path / "problems.jsonl"
+    row = {"prompt": "w3 w4", "reward_model": {"ground_truth": "7"}}
+    problems.write_text(f"{json.dumps(row)}\n", encoding="utf-8")
+    evaluation = ["every_steps=1", "before=false", "template=boxed", "num_samples=100000", "max_response_tokens=16"]
+    files = f'evaluation.files=["{problems}"]'
+    args = command(world, run_dir, files, *(f"evaluation.{setting}" for setting in evaluation), ranks=2)
+    with (tmp_path / "stderr").open("wb") as stderr:
+        process = subprocess.Popen(args, env=ENV, cwd=ROOT, stderr=stderr)
+    try:
+        deadline = time.monotonic() + 80
+        while not (run_dir / "metrics.jsonl").is_file() or not metrics(run_dir):
+            assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "stderr").read_text()[-2000:]
+            time.sleep(0.2)
+        time.sleep(2)  # The evaluation takes minutes.
+        process.send_signal(signal.SIGTERM)
+        # torchrun kills after 30 s whoever has not ended.
+        assert process.wait(25) != 0
+    finally:
+        process.kill()
+        process.wait(10)
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-000001"]
+    assert json.loads((run_dir / "train_summary.json").read_text())["state"] == "stopped"
+
+
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [

@@ -155,6 +155,21 @@ def test_a_typed_error_of_one_rank_is_the_end_of_all(folder: Path, tmp_path: Pat
     assert _living(tmp_path / "out") == []
 
 
+def test_a_rank_that_runs_out_of_memory_alone_does_not_wait_for_the_others(folder: Path, tmp_path: Path) -> None:
+    plan(folder, SPARSE)
+    out = tmp_path / "out"
+    begun = time.monotonic()
+    args = command(folder, out, range(NUM_STEPS), "--leave", "1")
+    ranks = [_by_hand(args, out, rank) for rank in range(2)]
+    # Collectives wait for 60 s.
+    assert [rank.wait(50) for rank in ranks] == [1, 1]
+    assert time.monotonic() - begun < 50
+    assert "RankLostError: this rank has left the others" in (out / "stderr-1").read_text()
+    said = (out / "stderr-0").read_text()
+    assert "RankLostError" in said and "Traceback" not in said
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"]
+
+
 @pytest.mark.parametrize("has_launcher", [True, False])
 def test_a_rank_that_is_killed_takes_the_other_with_it(folder: Path, tmp_path: Path, has_launcher: bool) -> None:
     plan(folder, SPARSE)

@@ -220,6 +220,9 @@ def test_layers_run_once_for_a_micro_batch_where_that_is_asked_for(name: str) ->
     tokens = documents()
     assert_close(forward(tokens), alone(model, tokens), 1e-10)
     assert passes == [(1, sum(LENGTHS)) if name == "llama" else (len(LENGTHS), max(LENGTHS))]
+    padded = len(LENGTHS) * max(LENGTHS)
+    assert tokens.num_places < padded
+    assert forward.num_places(tokens) == (tokens.num_places if name in PACKED else padded)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -1,14 +1,17 @@
 """What ranks agree on, without any process group: several are played by threads that wait for each other."""
 
+import re
 import socket
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from opd.errors import ConfigError, InternalError, RankLostError, TeacherUnavailableError
 from opd.settings import check_settings
@@ -18,10 +21,12 @@ from services.trainer.diagnostics.means import Mean
 from services.trainer.diagnostics.positions import PositionScores
 from services.trainer.distributed.config import check_ranks
 from services.trainer.distributed.means import reduce_counts, reduce_means, slowest
+from services.trainer.distributed.pins import SharedPins
 from services.trainer.distributed.process_group import RankEnvironment, joined_ranks, rank_device
 from services.trainer.distributed.ranks import Alone, Ranks, together
 from services.trainer.distributed.share import Share
 from services.trainer.stop import StopRequested
+from services.trainer.teachers import NoTeachers
 
 
 class ThreadRanks:
@@ -43,6 +48,12 @@ class ThreadRanks:
 
     def most(self, value: int) -> int:
         return max(self.gather(value))
+
+    def check(self) -> None:
+        pass
+
+    def in_step(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def on_all(num_ranks: int, part: Callable[[Ranks], Any]) -> list[Any]:
@@ -73,6 +84,25 @@ def test_all_leave_together_with_the_error_of_one() -> None:
     assert (first.retry_after_s, first.retryable) == (2.0, True)
 
 
+@pytest.mark.parametrize(
+    ("error", "kind", "heard"),
+    [
+        (torch.OutOfMemoryError("tried 2 GiB\nmore"), ConfigError, r"^rank 1: out of memory \(tried 2 GiB\); its own"),
+        (OSError("no space left"), InternalError, r"^rank 1: OSError: no space left$"),
+    ],
+)
+def test_an_error_of_others_ends_all_ranks_too(error: Exception, kind: type[Exception], heard: str) -> None:
+    def part(ranks: Ranks) -> None:
+        with together(ranks):
+            if ranks.rank == 1:
+                raise error
+
+    first, second = on_all(2, part)
+    assert second is error
+    assert type(first) is kind
+    assert re.match(heard, str(first))
+
+
 def test_the_lowest_of_several_errors_is_everybodys() -> None:
     def part(ranks: Ranks) -> None:
         with together(ranks):
@@ -93,6 +123,35 @@ def test_without_an_error_all_go_on_and_alone_nothing_changes() -> None:
     assert on_all(2, part) == ["went on"] * 2
     with pytest.raises(ConfigError, match=r"^as it was$"), together(Alone()):
         raise ConfigError("as it was")
+
+
+class Replaced(NoTeachers):
+    """Its teacher is another one from some time of asking on."""
+
+    def __init__(self, changes_at: int) -> None:
+        self._changes_at, self._asked = changes_at, 0
+
+    def pin(self) -> dict[str, str]:
+        self._asked += 1
+        return {"math": "new" if self._asked >= self._changes_at else "old", "code": "one"}
+
+
+def test_ranks_pin_again_until_all_see_one_teacher() -> None:
+    def part(ranks: Ranks) -> dict[str, str]:
+        pins = SharedPins(Replaced(1 if ranks.rank else 3), ranks, pause_s=0.01)
+        pins.agree()
+        return pins.pin()
+
+    assert on_all(2, part) == [{"math": "new", "code": "one"}] * 2
+
+
+def test_teachers_that_stay_different_are_an_error_that_may_pass() -> None:
+    def part(ranks: Ranks) -> None:
+        SharedPins(Replaced(1 if ranks.rank else 99), ranks, pause_s=0.01).agree()
+
+    for error in on_all(2, part):
+        assert type(error) is TeacherUnavailableError and error.retryable
+        assert re.match(r"^ranks see different teachers after 5 tries \(math: new, old\); wait until", str(error))
 
 
 @pytest.mark.parametrize(("num_prompts", "num_ranks"), [(5, 2), (8, 3), (7, 7), (64, 8)])
