@@ -14,6 +14,7 @@ from tests.e2e.stack import PROJECT, TESTBED, Stack, until
 
 pytestmark = pytest.mark.timeout(3600)
 LEASE_S = 3
+TRIES = 8
 STEPS = 20
 ROLLOUTS = 128
 
@@ -126,7 +127,7 @@ def _scale_to_three(stack: Stack) -> list[str]:
     command = yaml.safe_load((stack.folder / "docker-compose.yml").read_text())["services"]["teacher"]["command"]
     override = {
         "version": "3.9",
-        "services": {"teacher": {"command": [*command, f"queue.lease_s={LEASE_S}", "batching.linger_ms=1000"]}},
+        "services": {"teacher": {"command": [*command, f"queue.lease_s={LEASE_S}", "batching.linger_ms=2000"]}},
     }
     (stack.folder / "faults.yml").write_text(yaml.safe_dump(override))
     files = ("--file", "docker-compose.yml", "--file", "faults.yml")
@@ -139,7 +140,7 @@ def _scale_to_three(stack: Stack) -> list[str]:
 
 def _until_a_lease_is_lost(stack: Stack, harm: Callable[[], None], mend: Callable[[], None]) -> None:
     """Harms a replica, again where it held nothing at that moment, until what it held was scored by another."""
-    for _ in range(4):
+    for _ in range(TRIES):
         before = stack.pool()["totals"].get("redelivered", 0)
         harm()
         time.sleep(2 * LEASE_S)
@@ -147,7 +148,7 @@ def _until_a_lease_is_lost(stack: Stack, harm: Callable[[], None], mend: Callabl
         mend()
         if was_lost:
             return
-    pytest.fail("four times the replica held nothing")
+    pytest.fail(f"{TRIES} times the replica held nothing")
 
 
 def test_no_rollout_is_lost_whatever_happens_to_containers(stack: Stack, demo: str, tmp_path: Path) -> None:
