@@ -15,7 +15,7 @@ from tests.e2e.stack import PROJECT, TESTBED, Stack, until
 pytestmark = pytest.mark.timeout(3600)
 LEASE_S = 3
 TRIES = 8
-STEPS = 20
+STEPS = 40
 ROLLOUTS = 128
 
 
@@ -138,9 +138,17 @@ def _scale_to_three(stack: Stack) -> list[str]:
     return teachers
 
 
-def _until_a_lease_is_lost(stack: Stack, harm: Callable[[], None], mend: Callable[[], None]) -> None:
-    """Harms a replica, again where it held nothing at that moment, until what it held was scored by another."""
+def _holds_requests(stack: Stack, teacher: str) -> bool:
+    metrics = stack.fetch(teacher, "http://127.0.0.1:8080/metrics", "/access/metrics.token")
+    (waiting,) = [line for line in metrics.splitlines() if line.startswith("opd_teacher_waiting_requests ")]
+    return float(waiting.split()[1]) > 0
+
+
+def _until_a_lease_is_lost(stack: Stack, teacher: str, harm: Callable[[], None], mend: Callable[[], None]) -> None:
+    """Harms a replica that holds requests, again where they were answered first, until another has scored them."""
     for _ in range(TRIES):
+        until(lambda: stack.is_healthy(teacher), 240, "the teacher is healthy")
+        until(lambda: _holds_requests(stack, teacher), 240, "the teacher holds requests")
         before = stack.pool()["totals"].get("redelivered", 0)
         harm()
         time.sleep(2 * LEASE_S)
@@ -157,8 +165,8 @@ def test_no_rollout_is_lost_whatever_happens_to_containers(stack: Stack, demo: s
     run = Run(stack, "faults")
     run.reach(1)
 
-    _until_a_lease_is_lost(stack, lambda: _kill(stack, first), lambda: _run(stack, "start", first))
-    _until_a_lease_is_lost(stack, lambda: _run(stack, "pause", second), lambda: _run(stack, "unpause", second))
+    _until_a_lease_is_lost(stack, first, lambda: _kill(stack, first), lambda: _run(stack, "start", first))
+    _until_a_lease_is_lost(stack, second, lambda: _run(stack, "pause", second), lambda: _run(stack, "unpause", second))
 
     network = f"{PROJECT}_default"
     for container in (third, run.container):
