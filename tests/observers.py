@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
 from opd.logs import REQUEST_LOG, JsonFormatter
 from opd.tracing import TracingSettings, configure_tracing
 from tests.integration.deploy.collector import CollectedSpan, Collector
@@ -67,6 +69,21 @@ class Traced:
     def close(self) -> None:
         self._close_tracing()
         self._collector.close()
+
+
+@pytest.fixture
+def log() -> Iterator[JsonLog]:
+    with JsonLog()() as found:
+        yield found
+
+
+@pytest.fixture
+def traced() -> Iterator[Traced]:
+    found = Traced()
+    try:
+        yield found
+    finally:
+        found.close()
 
 
 def counted_errors(metrics: str) -> dict[str, int]:

@@ -185,7 +185,6 @@ class TrainingLoop:
         """Samples every rollout of `step` and sends each for scoring while the others still decode."""
         settings = self._settings
         sampled = StepRollouts(
-            step,
             self._prompts.step_prompts(step),
             self._teachers,
             rollouts_per_prompt=settings.rollouts_per_prompt,
@@ -201,8 +200,9 @@ class TrainingLoop:
                     f"rollout {rollout.rollout_id} is of policy version {rollout.policy_version}, not {self.step}"
                 )
             sampled.send(rollout)
-            if self._trains_while_sampling:
-                self._train_full(self._ahead[0], gradient, clock)
+            # An engine that shares the student's weights and thread would only be held up.
+            if self._streams and self._engine.samples_elsewhere:
+                self._take(self._ahead[0], gradient, clock)
 
         with clock.part("rollout"):
             self._engine.sample(self._requests(step, sampled.prompts), settings.sampling, on_finish=send)
@@ -211,21 +211,15 @@ class TrainingLoop:
             sampled.judge()
 
     @property
-    def _trains_while_sampling(self) -> bool:
-        # An engine that shares the student's weights and thread would only be held up.
-        return self._settings.mode is PipelineMode.STREAMING and self._engine.samples_elsewhere
+    def _streams(self) -> bool:
+        return self._settings.mode is PipelineMode.STREAMING
 
     def _train(self, current: StepRollouts, gradient: StepGradient, clock: StepClock) -> None:
         """Trains what has been scored, a part at a time, until nothing is left to wait for."""
         while not current.is_exhausted:
-            if self._settings.mode is PipelineMode.STREAMING:
-                is_idle = not self._train_full(current, gradient, clock)
-            else:
-                gradient.hold(self._trainable(current.take()))
-                is_idle = True
-            if current.is_exhausted or not is_idle:
+            if self._take(current, gradient, clock) or current.is_exhausted:
                 continue
-            if self._settings.mode is PipelineMode.STREAMING and gradient.has_rest:
+            if self._streams and gradient.has_rest:
                 # A part that is not full costs more for each of its tokens, but waiting costs all of it.
                 with clock.part("forward_backward"):
                     gradient.train_rest()
@@ -233,12 +227,15 @@ class TrainingLoop:
                 with clock.part("score_wait"):
                     current.wait()
 
-    def _train_full(self, current: StepRollouts, gradient: StepGradient, clock: StepClock) -> bool:
-        """Trains every part that the scores which have come fill; whether any have come."""
-        answered = current.take()
-        with clock.part("forward_backward"):
-            gradient.train_full(self._trainable(answered))
-        return bool(answered)
+    def _take(self, current: StepRollouts, gradient: StepGradient, clock: StepClock) -> bool:
+        """Adds what has been scored to the gradient, where it streams at once; whether there was anything."""
+        scored = self._trainable(current.take())
+        if scored and self._streams:
+            with clock.part("forward_backward"):
+                gradient.train_full(scored)
+        else:
+            gradient.hold(scored)
+        return bool(scored)
 
     def _trainable(self, answered: Sequence[Answered]) -> list[ScoredRollout]:
         return [

@@ -7,13 +7,13 @@ and in whichever order they came, up to rounding in fp32.
 
 from collections.abc import Iterable, Sequence
 
+from opd.errors import NonFiniteError
 from services.trainer.batch import ScoredRollout, build_batch, micro_batches
 from services.trainer.diagnostics.means import Mean, joined
 from services.trainer.distributed.step_scope import LocalStep, StepScope
 from services.trainer.loss import DistillLoss
 from services.trainer.objectives.aggregation import denominator
 from services.trainer.objectives.config import Aggregation
-from services.trainer.step_rollouts import require_some
 from services.trainer.student import Student, StudentOptimizer
 
 
@@ -64,7 +64,8 @@ class StepGradient:
     def finish(self) -> dict[str, Mean]:
         """Divides by what was trained; the losses as means. `NonFiniteError` where nothing was."""
         self.train_rest()
-        require_some(self._scope.total(len(self.trained)))
+        if not self._scope.total(len(self.trained)):
+            raise NonFiniteError("no rollout was scored, so there is nothing to train on; see the warnings above")
         local = denominator(self._aggregation, [item.num_trained_tokens for item in self.trained])
         self._optimizer.divide_gradient(self._scope.total(local))
         names = self._metrics[0] if self._metrics else {}

@@ -6,13 +6,13 @@ was sent is taken once, is counted as lost, or ends the step with an error.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
-from opd.errors import NonFiniteError, OpdError
+from opd.errors import OpdError
 from opd.types import Ids, Rollout, ScoreReply, Scores
 from services.trainer.diagnostics.means import Mean
 from services.trainer.distributed.share import Share
@@ -74,9 +74,6 @@ class Counts:
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(sent=self.sent + other.sent, scored=self.scored + other.scored, lost=self.lost + other.lost)
 
-    def __sub__(self, other: "Counts") -> "Counts":
-        return Counts(sent=self.sent - other.sent, scored=self.scored - other.scored, lost=self.lost - other.lost)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answered:
@@ -95,7 +92,6 @@ class StepRollouts:
 
     def __init__(
         self,
-        step: int,
         prompts: Sequence[StepPrompt],
         teachers: Scorer,
         *,
@@ -105,8 +101,6 @@ class StepRollouts:
         drops_unscored: bool = False,
     ) -> None:
         """`share` is whose rollouts are sampled here; all where there are no other ranks."""
-        self.step = step
-        """Completed steps before it is trained."""
         self.prompts = prompts
         self.fingerprints = teachers.pin()
         self.counts = Counts()
@@ -116,7 +110,7 @@ class StepRollouts:
         self._reward = reward
         self._drops_unscored = drops_unscored
         self._sent: dict[str, Rollout] = {}
-        """In the order they ended in; a rollout leaves with `take` or with its loss."""
+        """What has not been taken yet."""
         self._replies: dict[str, Future[ScoreReply]] = {}
         self._news: SimpleQueue[str] = SimpleQueue()
         self._arrived: dict[str, None] = {}
@@ -165,7 +159,7 @@ class StepRollouts:
         self._receive()
         self.judge()
         answered = []
-        for name in list(self._ready()):
+        for name in [name for name in self._arrived if self._reward is None or name in self._advantages]:
             del self._arrived[name]
             rollout = self._sent.pop(name)
             scores = self._scores(rollout)
@@ -192,9 +186,6 @@ class StepRollouts:
         if not self._drops_unscored:
             for name in self._arrived:
                 self._raise_error_of(name)
-
-    def _ready(self) -> Iterator[str]:
-        return (name for name in self._arrived if self._reward is None or name in self._advantages)
 
     def _scores(self, rollout: Rollout) -> Scores | None:
         """None for a rollout that is dropped."""
@@ -223,9 +214,3 @@ class StepRollouts:
 
 def _not_scored(name: str, error: OpdError) -> OpdError:
     return type(error)(f"rollout {name} was not scored: {error.message}")
-
-
-def require_some(num_scored: int) -> None:
-    """Raises `NonFiniteError` for a step with nothing to train on."""
-    if not num_scored:
-        raise NonFiniteError("no rollout was scored, so there is nothing to train on; see the warnings above")

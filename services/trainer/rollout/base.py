@@ -89,6 +89,12 @@ class RolloutEngine(Protocol):
         ...
 
 
+def check_score_top_k(score_top_k: int | None, num_defined_ids: int) -> None:
+    """Raises `ConfigError` for more ids a position than the student has; None records none."""
+    if score_top_k is not None and not 0 <= score_top_k <= num_defined_ids:
+        raise ConfigError(f"score_top_k: {score_top_k} is outside 0..{num_defined_ids}, the student's token ids")
+
+
 def check_request(request: RolloutRequest, sampling: SamplingParams, *, num_defined_ids: int, max_context: int) -> None:
     """Raises `InvalidRequestError` for a prompt without tokens, with unknown ones, or with no room for its response."""
     prompt = np.asarray(request.prompt_token_ids)

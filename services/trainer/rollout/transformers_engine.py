@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from opd.errors import ConfigError
 from opd.types import Rollout
-from services.trainer.rollout.base import RolloutRequest, SamplingParams, check_request
+from services.trainer.rollout.base import RolloutRequest, SamplingParams, check_request, check_score_top_k
 from services.trainer.rollout.decode_batch import DecodeBatch
 from services.trainer.rollout.slot_model import SlotModel
 from services.trainer.threads import computing_with
@@ -40,8 +40,7 @@ class TransformersEngine:
     ) -> None:
         if max_slots < 1:
             raise ConfigError(f"rollout.max_slots: {max_slots} is too small; give 1 or more")
-        if score_top_k is not None and not 0 <= score_top_k <= num_defined_ids:
-            raise ConfigError(f"score_top_k: {score_top_k} is outside 0..{num_defined_ids}, the student's token ids")
+        check_score_top_k(score_top_k, num_defined_ids)
         self.policy_version = 0
         self.samples_elsewhere = False
         self._slot_model = SlotModel(model, num_defined_ids=num_defined_ids, autocast_dtype=autocast_dtype)

@@ -12,9 +12,9 @@ from dataclasses import asdict
 
 import numpy as np
 
-from opd.errors import ConfigError, InternalError, NonFiniteError, UnsupportedError
+from opd.errors import InternalError, NonFiniteError, UnsupportedError
 from opd.types import FinishReason, Rollout
-from services.trainer.rollout.base import RolloutRequest, SamplingParams, check_request, derive_seed
+from services.trainer.rollout.base import RolloutRequest, SamplingParams, check_request, check_score_top_k, derive_seed
 from services.trainer.rollout.vllm_channel import Message
 from services.trainer.rollout.vllm_process import VllmProcess
 
@@ -37,8 +37,7 @@ class VllmEngine:
     def __init__(
         self, process: VllmProcess, *, num_defined_ids: int, max_context: int, score_top_k: int | None
     ) -> None:
-        if score_top_k is not None and not 0 <= score_top_k <= num_defined_ids:
-            raise ConfigError(f"score_top_k: {score_top_k} is outside 0..{num_defined_ids}, the student's token ids")
+        check_score_top_k(score_top_k, num_defined_ids)
         self.policy_version = 0
         self.samples_elsewhere = True
         self._process = process

@@ -1,7 +1,6 @@
 """What the queue shell counts, logs and traces of the requests it answers, over a real Redis."""
 
 import asyncio
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -15,23 +14,10 @@ from opd.types import ScoreReply
 from opd.wire.messages import encode_request
 from services.teacher_server.config import GrpcSettings
 from tests.integration.teacher_server.test_queue_intake import Replica, client_of, named, replica
-from tests.observers import PARENT, JsonLog, Traced, counted_errors
+from tests.observers import PARENT, JsonLog, Traced, counted_errors, log, traced
 from tests.unit.teacher_server.fake_engine import CRASH_ID, NAN_ID, until
 
-
-@pytest.fixture
-def log() -> Iterator[JsonLog]:
-    with JsonLog()() as found:
-        yield found
-
-
-@pytest.fixture
-def traced() -> Iterator[Traced]:
-    found = Traced()
-    try:
-        yield found
-    finally:
-        found.close()
+__all__ = ["log", "traced"]
 
 
 def counts(served: Replica) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -13,33 +12,19 @@ from opd.errors import InternalError, OpdError, PermissionDeniedError, Unauthent
 from opd.wire.messages import request_to_proto
 from opd.wire.pb import teacher_pb2 as pb
 from opd.wire.pb.teacher_pb2_grpc import TeacherServiceStub
-from tests.observers import PARENT, PARENT_SPAN, PARENT_TRACE, JsonLog, Traced, counted_errors
+from tests.observers import PARENT, PARENT_SPAN, PARENT_TRACE, JsonLog, Traced, counted_errors, log, traced
 from tests.unit.teacher_server.fake_engine import CRASH_ID, until
 from tests.unit.teacher_server.test_gate import MATH, client_of, plain_http, serving
 from tests.unit.teacher_server.test_grpc_api import serving as serving_grpc
 from tests.unit.teacher_server.test_grpc_hidden_states import serving_hidden
 from tests.unit.teacher_server.tiny_teachers import make_request
 
+__all__ = ["log", "traced"]
 HEADERS = {"authorization": f"Bearer {MATH}", "traceparent": PARENT}
 BODY = {"prompt_token_ids": [1], "response_token_ids": [2], "rollout_id": "run.7.1"}
 # The connection takes little at once, so that the rest of a reply waits for its reader.
 NARROW = [("grpc.http2.lookahead_bytes", 65_536), ("grpc.http2.bdp_probe", 0)]
 PARTS = {"serve", "intake", "batch_wait", "engine_pass", "reply"}
-
-
-@pytest.fixture
-def log() -> Iterator[JsonLog]:
-    with JsonLog()() as found:
-        yield found
-
-
-@pytest.fixture
-def traced() -> Iterator[Traced]:
-    found = Traced()
-    try:
-        yield found
-    finally:
-        found.close()
 
 
 async def test_an_engines_traceback_names_whom_it_is_about(log: JsonLog) -> None:
