@@ -12,7 +12,7 @@ help:                 ## show this list
 
 setup: $(READY)       ## make .venv with everything the project needs
 
-$(READY): pyproject.toml scripts/setup_venv.sh
+$(READY): pyproject.toml scripts/setup_venv.sh scripts/venv.sh
 	@scripts/setup_venv.sh
 	@touch $@
 
