@@ -127,7 +127,7 @@ def _scale_to_three(stack: Stack) -> list[str]:
     command = yaml.safe_load((stack.folder / "docker-compose.yml").read_text())["services"]["teacher"]["command"]
     override = {
         "version": "3.9",
-        "services": {"teacher": {"command": [*command, f"queue.lease_s={LEASE_S}", "batching.linger_ms=2000"]}},
+        "services": {"teacher": {"command": [*command, f"queue.lease_s={LEASE_S}", "batching.linger_ms=1000"]}},
     }
     (stack.folder / "faults.yml").write_text(yaml.safe_dump(override))
     files = ("--file", "docker-compose.yml", "--file", "faults.yml")
