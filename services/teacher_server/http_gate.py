@@ -125,13 +125,11 @@ def _tell_errors(app: FastAPI) -> None:
 
 
 def _refusal(error: OpdError, status: int | None = None) -> Response:
-    """The answer to the request that is being served, which is counted and told thereby."""
+    """{"error": {code, message, retryable, retry_after_s}} with the code's status.
+
+    The answer to the request that is being served, which is counted and told thereby.
+    """
     current().refused(error)
-    return _error_response(error, status)
-
-
-def _error_response(error: OpdError, status: int | None = None) -> Response:
-    """{"error": {code, message, retryable, retry_after_s}} with the code's status."""
     content = {
         "code": error.code,
         # A body may hold what no text can, such as half a surrogate pair, and the message may quote it.
