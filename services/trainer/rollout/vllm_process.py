@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,10 @@ class VllmProcess:
             except OSError as error:
                 ours.close()
                 raise ConfigError(f"rollout.vllm.python={python}: cannot be started ({error.strerror})") from error
-        self._channel = Channel(Connection(ours.detach()))
-        threading.Thread(target=self._read, name="rollout-engine", daemon=True).start()
+        self._socket = ours
+        self._channel = Channel(Connection(os.dup(ours.fileno())))
+        self._reader = threading.Thread(target=self._read, name="rollout-engine", daemon=True)
+        self._reader.start()
 
     @property
     def pid(self) -> int:
@@ -108,8 +110,13 @@ class VllmProcess:
             except subprocess.TimeoutExpired:
                 self._process.kill()
         self._process.wait()
-        # The reader has its end of file by now, or gets it here.
+        if self._reader.is_alive():
+            # Its number may be another file's as soon as it is closed, so nobody may be about to read from it.
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            self._reader.join()
         self._channel.close()
+        self._socket.close()
 
     def _read(self) -> None:
         try:

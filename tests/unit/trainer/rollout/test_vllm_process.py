@@ -1,9 +1,11 @@
 """The way between trainer and engine: messages as they were, and a process that is no engine."""
 
 import importlib.util
+import os
 import signal
 import sys
 import threading
+import time
 from multiprocessing import Pipe
 from pathlib import Path
 
@@ -91,6 +93,22 @@ def test_a_program_that_is_no_engine_is_a_typed_error(tmp_path: Path) -> None:
             process.ask("load", {})
     finally:
         process.close()
+
+
+def test_closing_leaves_no_reader_where_another_process_holds_the_socket(tmp_path: Path) -> None:
+    script, written = tmp_path / "python", tmp_path / "pid"
+    script.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {written}.part\nmv {written}.part {written}\n")
+    script.chmod(0o755)
+    process = start(tmp_path, script)
+    try:
+        deadline = time.monotonic() + 30
+        while not written.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.close()
+    os.kill(int(written.read_text()), signal.SIGKILL)
+    assert "rollout-engine" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_closing_ends_the_process(tmp_path: Path) -> None:
