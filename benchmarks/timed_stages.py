@@ -98,7 +98,7 @@ class TimedLoss:
 
 def timed_student() -> Student:
     """What the loop asks of a student beside its loss."""
-    return cast(Student, SimpleNamespace(device=torch.device("cpu")))
+    return cast(Student, SimpleNamespace(device=torch.device("cpu"), shares_prompts=False))
 
 
 def _rollout(request: RolloutRequest, length: int, version: int) -> Rollout:

@@ -18,6 +18,9 @@ from opd.errors import InternalError
 from opd.types import PAD_ID, Rollout, Scores
 from services.trainer.packing import PackedTokens, pack, split_by_tokens
 
+MAX_LAID_OUT = 4
+"""How many times as many tokens as are computed attention may read in one pass, of prompts that rollouts share."""
+
 Column: TypeAlias = NDArray[np.generic] | None
 
 
@@ -112,11 +115,15 @@ class DistillBatch:
         return f"response position {int(self.position_T[row])} of rollout {rollout}"
 
 
-def micro_batches(scored: Sequence[ScoredRollout], max_tokens: int) -> list[list[ScoredRollout]]:
+def micro_batches(
+    scored: Sequence[ScoredRollout], max_tokens: int, *, shares_prompts: bool = True
+) -> list[list[ScoredRollout]]:
     """Splits rollouts so that each part holds at most `max_tokens` tokens, which no padding adds to.
 
-    Rollouts of one prompt stay together where they fit, and count it once; one longer than that gets a part of its own.
-    Within a part the longest come first. The split depends on lengths and ids alone, never on the order of arrival.
+    Where the model `shares_prompts`, rollouts of one prompt stay together where they fit, and count it once; attention
+    reads it for each of them, and a part holds at most `MAX_LAID_OUT` times as many tokens there. A rollout longer than
+    that gets a part of its own. Within a part the longest come first. The split depends on lengths and ids alone, never
+    on the order of arrival.
     """
     groups: dict[tuple[int, bytes], list[ScoredRollout]] = {}
     for item in scored:
@@ -124,18 +131,42 @@ def micro_batches(scored: Sequence[ScoredRollout], max_tokens: int) -> list[list
     units = [
         unit
         for siblings in groups.values()
-        for unit in ([siblings] if _num_tokens(siblings) <= max_tokens else [[item] for item in siblings])
+        for unit in (_together(siblings, max_tokens) if shares_prompts else [[item] for item in siblings])
     ]
-    parts = split_by_tokens(units, max_tokens, size=_num_tokens, name=_first_id)
+    parts = split_by_tokens(units, max_tokens, size=_cost_of, name=_first_id)
     return [
         sorted((item for unit in part for item in unit), key=lambda item: (-item.num_tokens, item.rollout.rollout_id))
         for part in parts
     ]
 
 
-def _num_tokens(siblings: Sequence[ScoredRollout]) -> int:
-    """Of their responses and of the one prompt."""
-    return siblings[0].rollout.prompt_token_ids.size + sum(item.num_response_tokens for item in siblings)
+def _together(siblings: Sequence[ScoredRollout], max_tokens: int) -> list[list[ScoredRollout]]:
+    """As many of a prompt's rollouts at a time as fit, the longest first."""
+    num_prompt = int(siblings[0].rollout.prompt_token_ids.size)
+    units: list[list[ScoredRollout]] = []
+    num_responses = 0
+    for item in sorted(siblings, key=lambda item: (-item.num_tokens, item.rollout.rollout_id)):
+        num_responses += item.num_response_tokens
+        if units and _cost(num_prompt, len(units[-1]) + 1, num_responses) <= max_tokens:
+            units[-1].append(item)
+        else:
+            units.append([item])
+            num_responses = item.num_response_tokens
+    return units
+
+
+def _cost_of(siblings: Sequence[ScoredRollout]) -> int:
+    num_prompt = int(siblings[0].rollout.prompt_token_ids.size)
+    return _cost(num_prompt, len(siblings), sum(item.num_response_tokens for item in siblings))
+
+
+def _cost(num_prompt: int, num_rollouts: int, num_responses: int) -> int:
+    """What counts of a prompt's rollouts: what is computed, or where that is more their part of what attention reads.
+
+    Where such costs add up to a budget, neither sum is above its own bound.
+    """
+    laid_out = num_prompt * num_rollouts + num_responses
+    return max(num_prompt + num_responses, -(-laid_out // MAX_LAID_OUT))
 
 
 def _first_id(siblings: Sequence[ScoredRollout]) -> str:

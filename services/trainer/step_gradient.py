@@ -53,13 +53,13 @@ class StepGradient:
 
     def train_full(self, scored: Iterable[ScoredRollout]) -> None:
         """Trains all parts but the last of what waits and these make up, which later ones may still fill."""
-        *full, self._waiting = micro_batches([*self._waiting, *scored], self._max_tokens) or [[]]
+        *full, self._waiting = self._parts([*self._waiting, *scored]) or [[]]
         self._train_rounds(full)
 
     def train_rest(self) -> None:
         """Trains what waits, full or not."""
         waiting, self._waiting = self._waiting, []
-        self._train_rounds(micro_batches(waiting, self._max_tokens))
+        self._train_rounds(self._parts(waiting))
 
     def finish(self) -> dict[str, Mean]:
         """Divides by what was trained; the losses as means. `NonFiniteError` where nothing was."""
@@ -70,6 +70,9 @@ class StepGradient:
         self._optimizer.divide_gradient(self._scope.total(local))
         names = self._metrics[0] if self._metrics else {}
         return self._scope.means({name: joined(part[name] for part in self._metrics) for name in names})
+
+    def _parts(self, scored: Sequence[ScoredRollout]) -> list[list[ScoredRollout]]:
+        return micro_batches(scored, self._max_tokens, shares_prompts=self._student.shares_prompts)
 
     def _train_rounds(self, parts: Sequence[list[ScoredRollout]]) -> None:
         num_rounds = self._scope.num_rounds(len(parts))

@@ -168,6 +168,11 @@ class Student:
         hidden_1H = self._hidden(PackedTokens(input_ids_N=ids_2, lengths=(2,), hidden_index_T=ids_2[:1]))
         return 0.0 * support_logits(hidden_1H, output_head(self.model), ids_2[:1, None], num_defined_ids=1).sum()
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a prompt that several rollouts begin with is computed once in a pass."""
+        return self._forward.is_packed
+
     def num_places(self, tokens: PackedTokens) -> int:
         """At which attention is computed in a pass over these; `DocumentForward.num_places`."""
         return self._forward.num_places(tokens)

@@ -121,6 +121,26 @@ def num_computed(part: Sequence[ScoredRollout]) -> int:
     return sum(prompts.values()) + sum(item.num_response_tokens for item in part)
 
 
+def num_read(part: Sequence[ScoredRollout]) -> int:
+    """By hand: every prompt for each of its rollouts."""
+    return sum(item.rollout.prompt_token_ids.size + item.num_response_tokens for item in part)
+
+
+def test_a_long_prompt_of_many_short_responses_is_not_read_without_bound() -> None:
+    items = [scored(f"r{index:02}", [7] * 500, [3] * 4) for index in range(64)]
+    parts = micro_batches(items, 1000)
+    assert all(num_computed(part) <= 1000 and num_read(part) <= 4 * 1000 for part in parts)
+    # Seven of them are 3,528 tokens to attention, eight would be 4,032.
+    assert [len(part) for part in parts] == [7] * 9 + [1]
+
+
+def test_where_a_model_computes_prompts_again_each_counts() -> None:
+    items = siblings(12, 4)
+    parts = micro_batches(items, 150, shares_prompts=False)
+    assert all(num_read(part) <= 150 for part in parts)
+    assert len(parts) > len(micro_batches(items, 150))
+
+
 @pytest.mark.parametrize("max_tokens", [60, 150, 1000])
 def test_rollouts_of_a_prompt_stay_together_and_count_it_once(max_tokens: int) -> None:
     items = siblings(12, 4)

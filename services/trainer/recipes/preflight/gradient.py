@@ -51,7 +51,8 @@ def batch_gradient(
         return loss(build_batch(part, student.device)).loss_sum / total
 
     total = denominator(aggregation, [item.num_trained_tokens for item in scored])
-    parts = (partial(mean_loss, part, total) for part in micro_batches(scored, max_micro_batch_tokens))
+    split = micro_batches(scored, max_micro_batch_tokens, shares_prompts=student.shares_prompts)
+    parts = (partial(mean_loss, part, total) for part in split)
     loss_sum, grad_norm = _sums(parts, parameters)
     probe = scored[:num_probe_rollouts]
     each = (partial(mean_loss, [item], item.num_trained_tokens) for item in probe)
