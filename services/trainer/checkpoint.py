@@ -130,7 +130,7 @@ class CheckpointStore:
                 write_beside(partial)
             _write(partial, model, tokenizer, files, state, weights)
             _replace(partial, target)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
                 f"checkpoint {target}: cannot be written ({_reason(error)}); free or mount space there and use "

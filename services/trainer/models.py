@@ -7,6 +7,7 @@ the path and the way out, before anything else is started.
 import hashlib
 import json
 import logging
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 _INDEX_FILE = "model.safetensors.index.json"
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 # Of a configuration: what changes with the place and the tool that wrote it and not with what the model computes.
+_SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -62,6 +64,7 @@ def load_model(path_or_name: str, *, device: str = "auto", dtype: str = "float32
     model = _load_weights(path_or_name, _DTYPES[dtype]).to(place).eval()
     vocabulary = describe_vocabulary(tokenizer)
     eos_token_ids = _eos_token_ids(model, tokenizer, path_or_name)
+    _drop_idle_sampling_flags(model)
     return LoadedModel(
         name=Path(path_or_name).name if Path(path_or_name).is_dir() else path_or_name,
         model=model,
@@ -70,6 +73,24 @@ def load_model(path_or_name: str, *, device: str = "auto", dtype: str = "float32
         vocabulary=vocabulary,
         fingerprint=model_fingerprint(model, vocabulary, eos_token_ids),
     )
+
+
+def require_savable(loaded: LoadedModel) -> None:
+    """`ConfigError` for settings that would be refused when the trained model is written, hours from now."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            loaded.model.config.save_pretrained(folder)
+            if loaded.model.generation_config is not None:
+                loaded.model.generation_config.save_pretrained(folder)
+    except OSError:
+        # No room for temporary files says nothing of the model.
+        return
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:240]
+        raise ConfigError(
+            f"model {loaded.name}: could not be saved after training ({reason}); mend its "
+            "generation_config.json or config.json"
+        ) from error
 
 
 def load_tokenizer(path_or_name: str) -> PreTrainedTokenizerBase:
@@ -191,6 +212,14 @@ def _device(device: str) -> torch.device:
             f"device: {device!r} is not here ({torch.cuda.device_count()} CUDA devices); choose auto or cpu"
         )
     return place
+
+
+def _drop_idle_sampling_flags(model: Any) -> None:
+    """Takes away what has no effect on greedy generation: the library loads a model with it and refuses to save it."""
+    generation = model.generation_config
+    if generation is not None and generation.do_sample is not True:
+        for name in _SAMPLING_FLAGS:
+            setattr(generation, name, None)
 
 
 def _eos_token_ids(model: Any, tokenizer: Any, path_or_name: str) -> tuple[int, ...]:

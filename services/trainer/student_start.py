@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from services.trainer.checkpoint import Checkpoint
 from services.trainer.config import TrainSettings
 from services.trainer.lora import ADAPTER, Adapter, plain_weights
-from services.trainer.models import LoadedModel, load_model
+from services.trainer.models import LoadedModel, load_model, require_savable
 
 
 class Adapted(TypedDict, total=False):
@@ -29,6 +29,7 @@ def open_student(
     lora = settings.student.lora
     source = settings.student.model if checkpoint is None or lora is not None else str(checkpoint.folder)
     loaded = load_model(source, device="cpu" if on_host else settings.student.device)
+    require_savable(loaded)
     if lora is None:
         return loaded, None
     adapter = Adapter(loaded.model, lora, base=settings.student.model)

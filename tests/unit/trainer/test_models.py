@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from opd.errors import ConfigError
-from services.trainer.models import LoadedModel, load_model, load_tokenizer
+from services.trainer.models import LoadedModel, load_model, load_tokenizer, require_savable
 
 WEIGHTS = "model.safetensors"
 
@@ -222,3 +222,26 @@ def test_unknown_devices_and_types_are_refused(changes: dict[str, str], message:
 def test_a_tokenizer_can_be_loaded_alone(folder: Path) -> None:
     without_weights(folder)
     assert load_tokenizer(str(folder)).eos_token == "<end>"
+
+
+def change_generation_settings(folder: Path, **settings: Any) -> None:
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings), encoding="utf-8")
+
+
+def test_sampling_flags_of_greedy_settings_do_not_keep_a_model_from_being_saved(folder: Path, tmp_path: Path) -> None:
+    change_generation_settings(folder, temperature=0.6, top_p=0.9, do_sample=False)
+    loaded = load(folder)
+    require_savable(loaded)
+    loaded.model.save_pretrained(tmp_path / "again")
+    change_generation_settings(folder, do_sample=True)
+    load(folder).model.save_pretrained(tmp_path / "sampling")
+    saved = [json.loads((tmp_path / name / "generation_config.json").read_text()) for name in ("again", "sampling")]
+    assert saved[0].get("temperature") is None and saved[0]["eos_token_id"] == saved[1]["eos_token_id"]
+    assert (saved[1]["temperature"], saved[1]["top_p"]) == (0.6, 0.9)
+
+
+def test_what_cannot_be_saved_is_refused_before_it_is_trained(folder: Path) -> None:
+    change_generation_settings(folder, length_penalty=2.0)
+    with pytest.raises(ConfigError, match=r"could not be saved after training \(.*length_penalty.*generation_config"):
+        require_savable(load(folder))

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from opd.errors import CheckpointError, ConfigError
 from services.trainer.checkpoint import Checkpoint
-from services.trainer.models import LoadedModel, load_model
+from services.trainer.models import LoadedModel, load_model, require_savable
 from services.trainer.recipes.cold_start.config import ColdStartSettings
 from services.trainer.recipes.cold_start.prompt_split import PromptSplit, split_prompts
 from services.trainer.recipes.cold_start.rollout_file import TeacherRollout
@@ -137,6 +137,7 @@ def _prepare_training(settings: ColdStartSettings, selection: Selection, max_tok
             f"filters: no response is left to train on ({reasons}); loosen them or raise data.num_prompts"
         )
     loaded = load_model(settings.student.model, device=settings.student.device)
+    require_savable(loaded)
     plan = plan_steps(
         selection.examples, settings.sft, student=loaded.fingerprint, max_tokens=max_tokens, seed=settings.seed
     )
