@@ -85,6 +85,8 @@ class TeacherClient:
         self._vocabulary = vocabulary
         self._student_name = student_name
         self._info: TeacherInfo | None = None
+        self._known: dict[str, TeacherInfo] = {}
+        """Every teacher accepted so far, by the fixed part of its fingerprint."""
         self._pinned_at_s = time.time()
         self._told: list[Capability] = []
 
@@ -157,7 +159,7 @@ class TeacherClient:
 
         That is its log-probs at the rollout's sampled and support ids, its own top-k, and entropy.
         """
-        wants, asked = self._wants, self._asked_of(rollout)
+        wants, asked = self._wants, self._asked_of(rollout, self.info)
         with RolloutJourney.begin(
             rollout, tenant=wants.tenant, teacher=wants.teacher, sampling_s=self._pinned_at_s
         ) as sending:
@@ -193,7 +195,9 @@ class TeacherClient:
                 f"{pinned}"
             )
         num_positions, num_candidates = rollout.topk_token_ids.shape
-        scores, asked = reply.scores, self._asked_of(rollout)
+        # Another teacher may be pinned by now, with other capabilities.
+        info = self._known[fixed_part(pinned)]
+        scores, asked = reply.scores, self._asked_of(rollout, info)
         columns = {
             Capability.SAMPLED_LOGPROBS: ("sampled_logprobs", scores.sampled_logprobs, (num_positions,)),
             Capability.CANDIDATE_LOGPROBS: (
@@ -202,7 +206,7 @@ class TeacherClient:
                 (num_positions, num_candidates),
             ),
             Capability.TEACHER_TOP_K: ("topk_logprobs", scores.topk_logprobs, (num_positions, self._wants.score_top_k)),
-            Capability.HIDDEN_STATES: ("hidden_states", scores.hidden_states, (num_positions, self.info.hidden_size)),
+            Capability.HIDDEN_STATES: ("hidden_states", scores.hidden_states, (num_positions, info.hidden_size)),
         }
         for name, values, shape in (column for capability, column in columns.items() if capability in asked):
             if values is None or values.shape != shape:
@@ -223,7 +227,7 @@ class TeacherClient:
         self._check_capabilities(info)
         self._check_limits(info)
         self._tell_what_is_absent(info)
-        self._info = info
+        self._info = self._known[fixed_part(info.fingerprint)] = info
         return info
 
     def _check_capabilities(self, info: TeacherInfo) -> None:
@@ -260,9 +264,9 @@ class TeacherClient:
         """What every request asks of this teacher."""
         return self._wants.needs | (info.capabilities & _METRICS.keys())
 
-    def _asked_of(self, rollout: Rollout) -> frozenset[Capability]:
+    def _asked_of(self, rollout: Rollout, info: TeacherInfo) -> frozenset[Capability]:
         """A rollout without ids of the student's has no candidates."""
-        asked = self._asked(self.info)
+        asked = self._asked(info)
         return asked if rollout.topk_token_ids.shape[1] else asked - {Capability.CANDIDATE_LOGPROBS}
 
     def _tell_what_is_absent(self, info: TeacherInfo) -> None:

@@ -243,6 +243,18 @@ def test_a_step_asks_one_teacher_only_and_the_next_may_have_another() -> None:
     assert asked == ["teacher-1"] * 8 + ["teacher-2"] * 8
 
 
+def test_an_answer_is_held_to_what_the_teacher_of_its_time_was_asked() -> None:
+    """With a lag a step may be sent to one teacher and come back when the next is pinned."""
+    client = ExactClient(model=tiny_model(2), current_info=info(capabilities=BARE))
+    teacher = teacher_client(client, needs=frozenset({Capability.SAMPLED_LOGPROBS}))
+    teacher.shake_hands(wait_s=0)
+    rollout, pinned = some_rollout(), teacher.pin()
+    reply = teacher.send(rollout, rollout.prompt_token_ids).result()
+    client.current_info = info(fingerprint="teacher-2")
+    assert teacher.pin() == "teacher-2"
+    assert teacher.accept(rollout, reply, pinned).candidate_logprobs is None
+
+
 def test_an_upgrade_to_another_vocabulary_ends_the_run() -> None:
     client = InfoClient(TEACHER_INFO, info(fingerprint="teacher-2", id_map_hash="x" * 32))
     teacher = teacher_client(client)
