@@ -58,7 +58,7 @@ from services.trainer.step_metrics import StepMetrics
 from services.trainer.step_rollouts import Scorer
 from services.trainer.stop import StopSignal
 from services.trainer.student import Student, StudentOptimizer
-from services.trainer.student_start import adapted, open_student
+from services.trainer.student_start import open_student
 from services.trainer.teacher_head import TeacherHead
 from services.trainer.teacher_links import TeacherLink, build_router, connect_teachers
 from services.trainer.teachers import NoTeachers, TeacherRouter
@@ -214,10 +214,8 @@ def _saver(parts: _Parts, optimizer: StudentOptimizer, config: dict[str, Any]) -
 
     def save(step: int) -> Path:
         state = TrainerState(step=step, seed=parts.settings.seed, prompts_digest=parts.prompts.digest, config=config)
-        beside = adapted(loaded.model, parts.adapter)
-        return save_together(
-            parts.ranks, parts.store, loaded.model, loaded.tokenizer, optimizer, state, extra_state(parts.held), beside
-        )
+        extra, adapter = extra_state(parts.held), parts.adapter
+        return save_together(parts.ranks, parts.store, loaded.model, loaded.tokenizer, optimizer, state, extra, adapter)
 
     return save
 

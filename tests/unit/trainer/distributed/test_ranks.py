@@ -221,7 +221,6 @@ def test_the_launchers_variables() -> None:
     ("values", "reason"),
     [
         ({"rollout": {"prompts_per_step": 3}}, r"^rollout\.prompts_per_step=3 is below the 4 processes"),
-        ({"student": {"model": "m", "lora": {}}}, r"^student\.lora: does not go with 4 processes; leave it out"),
         (
             {"rollout": {"engine": "vllm", "vllm": {"python": sys.executable}}},
             r"^rollout\.engine=vllm: does not go with 4 processes; set it to transformers",
