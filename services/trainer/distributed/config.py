@@ -33,7 +33,6 @@ def check_ranks(settings: "TrainSettings", num_ranks: int) -> None:
         return
     Share(num_ranks=num_ranks).check(settings.rollout.prompts_per_step)
     refused = {
-        "objective.horizon": (settings.objective.horizon is not None, "leave it out"),
         f"rollout.engine={settings.rollout.engine}": (
             settings.rollout.engine is EngineKind.VLLM,
             "set it to transformers",

@@ -108,6 +108,19 @@ def test_adapters_are_those_of_one_process(world: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(weights[0][name], value, rtol=0, atol=5e-5, msg=name)
 
 
+def test_the_horizon_is_that_of_one_process(world: Path, tmp_path: Path) -> None:
+    """It moves by what all ranks have seen: one of them alone has too few positions to judge."""
+    horizon = ["start=8", "growth=1.5", "reliable_at=0.8", "unreliable_below=0.7", "min_positions=7"]
+    settings = [f"objective.horizon.{setting}" for setting in horizon]
+    train(world, tmp_path / "alone", *settings)
+    train(world, tmp_path / "both", *settings, ranks=2)
+    found, expected = metrics(tmp_path / "both"), metrics(tmp_path / "alone")
+    assert_same(found, expected)
+    for name in ("horizon/length", "horizon/reliability"):
+        assert [record[name] for record in found] == [record[name] for record in expected]
+    assert len({record["horizon/length"] for record in found}) > 1
+
+
 def test_sigterm_saves_what_is_complete(world: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     args = command(world, run_dir, "steps=100000", ranks=2)
