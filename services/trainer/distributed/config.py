@@ -38,10 +38,6 @@ def check_ranks(settings: "TrainSettings", num_ranks: int) -> None:
             "set it to transformers",
         ),
         f"teacher.ema_decay={settings.teacher.ema_decay}": (settings.teacher.ema_decay is not None, "leave it out"),
-        f"pipeline.max_policy_lag={settings.pipeline.max_policy_lag}": (
-            settings.pipeline.max_policy_lag > 0,
-            "set it to 0",
-        ),
     }
     for name, (is_set, way_out) in refused.items():
         if is_set:

@@ -121,6 +121,20 @@ def test_the_horizon_is_that_of_one_process(world: Path, tmp_path: Path) -> None
     assert len({record["horizon/length"] for record in found}) > 1
 
 
+def test_rollouts_are_as_old_as_in_one_process(world: Path, tmp_path: Path) -> None:
+    """Two steps are sampled before the first is trained, also after a resume, and each is trained once."""
+    lag = ["pipeline.max_policy_lag=1", "objective.staleness_cap=2.0"]
+    for name, ranks in (("alone", 1), ("both", 2)):
+        train(world, tmp_path / name, "steps=3", *lag, ranks=ranks)
+        train(world, tmp_path / name, "steps=5", *lag, "--resume", ranks=ranks)
+    found = metrics(tmp_path / "both")
+    assert_same(found, metrics(tmp_path / "alone"))
+    assert [record["rollout/policy_lag"] for record in found] == [0, 1, 1, 0, 1]
+    assert found[1]["loss/staleness_weight"] != pytest.approx(1.0, abs=1e-3)
+    summary = json.loads((tmp_path / "both/train_summary.json").read_text())
+    assert [summary[f"rollouts_{name}"] for name in ("sent", "scored", "lost", "abandoned")] == [30, 30, 0, 0]
+
+
 def test_sigterm_saves_what_is_complete(world: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     args = command(world, run_dir, "steps=100000", ranks=2)
