@@ -125,7 +125,9 @@ def _prepare(settings: TrainSettings, stop: StopSignal, ranks: Ranks, opened: Ex
         first_prompt = prompts.schedule.step_prompts(0)[0].prompt_token_ids
         engines = build_engines(settings, loaded, opened, probe_prompt=first_prompt)
         _check_context(settings, engines.training.max_context)
-        held = held_teacher(settings, loaded, checkpoint) if settings.objective.uses_teacher else None
+        held = None
+        if settings.objective.uses_teacher:
+            held = held_teacher(settings, loaded, checkpoint, in_step=ranks.in_step)
         if held is not None:
             links = {ONLY_TEACHER: TeacherLink(settings=settings.teacher, client=held)}
         # Teachers may be long in coming, so they are met last.

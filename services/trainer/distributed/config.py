@@ -37,7 +37,6 @@ def check_ranks(settings: "TrainSettings", num_ranks: int) -> None:
             settings.rollout.engine is EngineKind.VLLM,
             "set it to transformers",
         ),
-        f"teacher.ema_decay={settings.teacher.ema_decay}": (settings.teacher.ema_decay is not None, "leave it out"),
     }
     for name, (is_set, way_out) in refused.items():
         if is_set:

@@ -18,6 +18,7 @@ from tests.unit.trainer.tiny_training import tiny_model, tiny_tokenizer
 ROOT = Path(__file__).parents[3]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 ADAPTER = "checkpoints/step-000003/adapter/adapter_model.safetensors"
+MOVING_AVERAGE = "checkpoints/step-000003/trainer/moving_average.safetensors"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 
 
@@ -133,6 +134,29 @@ def test_rollouts_are_as_old_as_in_one_process(world: Path, tmp_path: Path) -> N
     assert found[1]["loss/staleness_weight"] != pytest.approx(1.0, abs=1e-3)
     summary = json.loads((tmp_path / "both/train_summary.json").read_text())
     assert [summary[f"rollouts_{name}"] for name in ("sent", "scored", "lost", "abandoned")] == [30, 30, 0, 0]
+
+
+def test_a_moving_average_follows_a_student_in_shards(world: Path, tmp_path: Path) -> None:
+    """All ranks are taught by the average of one process, which goes on in one."""
+    moving = ["teacher.kind=self", 'teacher.model=""', "teacher.ema_decay=0.5", "data.teacher_context= w9 w4"]
+    train(world, tmp_path / "alone", *moving)
+    train(world, tmp_path / "both", *moving, "steps=2", "checkpoint.every_steps=1", ranks=2)
+    assert_same(metrics(tmp_path / "both"), metrics(tmp_path / "alone")[:2])
+    # Half of the way to the whole fp32 weights, to the bit.
+    steps = [tmp_path / f"both/checkpoints/step-00000{step}" for step in (1, 2)]
+    before, after = (load_file(step / "trainer/moving_average.safetensors") for step in steps)
+    weights = load_file(steps[1] / "model.safetensors")
+    assert all(torch.equal(after[name], before[name].lerp(weights[name], 0.5)) for name in weights)
+    train(world, tmp_path / "both", *moving, "--resume")
+    found, expected = metrics(tmp_path / "both"), metrics(tmp_path / "alone")
+    assert_same(found, expected)
+    assert found[0]["loss/reverse_kl"] > 1e-3
+    averages = [load_file(tmp_path / run / MOVING_AVERAGE) for run in ("both", "alone")]
+    initial = load_file(world / "student/model.safetensors")
+    assert averages[0].keys() == averages[1].keys()
+    for name, value in averages[1].items():
+        torch.testing.assert_close(averages[0][name], value, rtol=0, atol=2e-5, msg=name)
+        assert not torch.equal(value, initial[name])
 
 
 def test_sigterm_saves_what_is_complete(world: Path, tmp_path: Path) -> None:

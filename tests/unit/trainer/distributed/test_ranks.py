@@ -261,7 +261,6 @@ def test_the_launchers_variables() -> None:
             {"rollout": {"engine": "vllm", "vllm": {"python": sys.executable}}},
             r"^rollout\.engine=vllm: does not go with 4 processes; set it to transformers",
         ),
-        ({"teacher": {"kind": "self", "ema_decay": 0.9}}, r"^teacher\.ema_decay=0\.9: does not go with 4 processes"),
     ],
 )
 def test_what_several_processes_cannot_do(values: dict[str, Any], reason: str) -> None:
