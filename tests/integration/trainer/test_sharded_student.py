@@ -29,8 +29,8 @@ NUM_STEPS, NUM_PROMPTS, PER_PROMPT, K = 3, 5, 2, 6
 SPARSE = {"score_top_k": K}
 DENSE = {"kind": "sampled_token", "score_top_k": K}
 LORA = {"rank": 3, "alpha": 6.0, "target_modules": ["q_proj", "o_proj", "down_proj"]}
-# Then a whole layer stays as it is, behind the adapters or before them.
-FIRST_LAYER = LORA | {"target_modules": ["layers.0.self_attn.q_proj", "layers.0.mlp.down_proj"]}
+# A whole layer stays as it is, behind the adapters or before them. Of one row of A the second rank has none.
+FIRST_LAYER = LORA | {"rank": 1, "target_modules": ["layers.0.self_attn.q_proj", "layers.0.mlp.down_proj"]}
 LAST_LAYER = LORA | {"target_modules": ["layers.1.self_attn.q_proj", "layers.1.mlp.down_proj"]}
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -190,7 +190,7 @@ def test_adapters_train_in_shards_as_in_one_process(
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_adapters_go_on_with_another_number_of_ranks(folder: Path, tmp_path: Path, first: int, then: int) -> None:
-    plan(folder, DENSE, lora=LORA)
+    plan(folder, DENSE, lora=LORA | {"rank": 1})
     whole = train(folder, tmp_path / "whole", range(NUM_STEPS))
     begun = train(folder, tmp_path / "cut", range(1), ranks=first)
     gone_on = train(folder, tmp_path / "cut", range(1, NUM_STEPS), ranks=then)
