@@ -58,7 +58,7 @@ from services.trainer.step_metrics import StepMetrics
 from services.trainer.step_rollouts import Scorer
 from services.trainer.stop import StopSignal
 from services.trainer.student import Student, StudentOptimizer
-from services.trainer.student_start import adapted, open_student
+from services.trainer.student_start import open_student
 from services.trainer.teacher_head import TeacherHead
 from services.trainer.teacher_links import TeacherLink, build_router, connect_teachers
 from services.trainer.teachers import NoTeachers, TeacherRouter
@@ -125,7 +125,9 @@ def _prepare(settings: TrainSettings, stop: StopSignal, ranks: Ranks, opened: Ex
         first_prompt = prompts.schedule.step_prompts(0)[0].prompt_token_ids
         engines = build_engines(settings, loaded, opened, probe_prompt=first_prompt)
         _check_context(settings, engines.training.max_context)
-        held = held_teacher(settings, loaded, checkpoint) if settings.objective.uses_teacher else None
+        held = None
+        if settings.objective.uses_teacher:
+            held = held_teacher(settings, loaded, checkpoint, in_step=ranks.in_step)
         if held is not None:
             links = {ONLY_TEACHER: TeacherLink(settings=settings.teacher, client=held)}
         # Teachers may be long in coming, so they are met last.
@@ -214,10 +216,8 @@ def _saver(parts: _Parts, optimizer: StudentOptimizer, config: dict[str, Any]) -
 
     def save(step: int) -> Path:
         state = TrainerState(step=step, seed=parts.settings.seed, prompts_digest=parts.prompts.digest, config=config)
-        beside = adapted(loaded.model, parts.adapter)
-        return save_together(
-            parts.ranks, parts.store, loaded.model, loaded.tokenizer, optimizer, state, extra_state(parts.held), beside
-        )
+        extra, adapter = extra_state(parts.held), parts.adapter
+        return save_together(parts.ranks, parts.store, loaded.model, loaded.tokenizer, optimizer, state, extra, adapter)
 
     return save
 

@@ -6,7 +6,7 @@ overlap ratio (eq 6) at the end of what is trained, compared with that of its be
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from services.trainer.diagnostics.overlap import overlap_of, overlap_ratio
 from services.trainer.objectives.config import HorizonConfig
 
 LENGTH, RELIABILITY = "horizon/length", "horizon/reliability"
+Gather = Callable[[Any], list[Any]]
+"""A JSON value of everybody who has rollouts of a step; see `Ranks.gather`."""
 
 
 def next_horizon(length: int, reliability: float | None, config: HorizonConfig, *, longest: int) -> int:
@@ -30,10 +32,22 @@ def next_horizon(length: int, reliability: float | None, config: HorizonConfig, 
     return length
 
 
-def reliability_at(scored: Sequence[ScoredRollout], length: int, *, min_positions: int) -> float | None:
-    """Overlap ratio of the last quarter of `length` positions over that of the first; None where it has too few."""
+def _alone(value: Any) -> list[Any]:
+    return [value]
+
+
+def reliability_at(
+    scored: Sequence[ScoredRollout], length: int, *, min_positions: int, gather: Gather = _alone
+) -> float | None:
+    """Overlap ratio of the last quarter of `length` positions over that of the first; None where it has too few.
+
+    Rollouts are joined one by one, so that the result does not depend on who has which.
+    """
     quarter = max(1, length // 4)
-    front, back = _overlap(scored, 0, quarter), _overlap(scored, length - quarter, length)
+    ratios = [_ratios(item) for item in scored]
+    ends = [[_told(item[:quarter]), _told(item[length - quarter : length])] for item in ratios]
+    rollouts = [rollout for of_one in gather(ends) for rollout in of_one]
+    front, back = (joined(Mean(total=ends[end][0], count=ends[end][1]) for ends in rollouts) for end in (0, 1))
     if back.count < min_positions or not front.total:
         return None
     return back.value / front.value
@@ -51,10 +65,13 @@ class Horizon:
         if known:
             self._move(int(known[-1][LENGTH]), known[-1].get(RELIABILITY))
 
-    def observe(self, scored: Sequence[ScoredRollout]) -> dict[str, Mean]:
-        """The metrics of a step trained with this length, after which the length may be another."""
+    def observe(self, scored: Sequence[ScoredRollout], gather: Gather = _alone) -> dict[str, Mean]:
+        """The metrics of a step trained with this length, after which the length may be another.
+
+        `gather` gets what others saw who have rollouts of it, so that all come to the same; then it is collective.
+        """
         length = self.length
-        reliability = reliability_at(scored, length, min_positions=self._config.min_positions)
+        reliability = reliability_at(scored, length, min_positions=self._config.min_positions, gather=gather)
         self._move(length, reliability)
         metrics = {LENGTH: Mean(total=length, count=1)}
         return metrics if reliability is None else metrics | {RELIABILITY: Mean(total=reliability, count=1)}
@@ -71,9 +88,10 @@ class Horizon:
         self.length = next_horizon(length, reliability, self._config, longest=self._longest)
 
 
-def _overlap(scored: Sequence[ScoredRollout], start: int, stop: int) -> Mean:
-    """The mean overlap ratio over positions `start` to `stop` of all rollouts."""
-    return joined(mean_of(_ratios(item)[start:stop]) for item in scored)
+def _told(ratios: np.ndarray[Any, np.dtype[np.float64]]) -> list[float]:
+    """Sum and count."""
+    mean = mean_of(ratios)
+    return [mean.total, mean.count]
 
 
 def _ratios(item: ScoredRollout) -> np.ndarray[Any, np.dtype[np.float64]]:

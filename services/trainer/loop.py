@@ -159,7 +159,7 @@ class TrainingLoop:
         self._completed += self._ahead.popleft().counts
         scored = sorted(gradient.trained, key=lambda item: _index(item.rollout))
         if self._horizon is not None:
-            losses |= self._horizon.observe(scored)
+            losses |= self._horizon.observe(scored, self._scope.gather)
         with clock.part("publish"):
             unpublished = self._publish()
         return StepRecord(

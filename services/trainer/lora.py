@@ -7,6 +7,7 @@ bit, and never from the merged weights.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ ADAPTER = "adapter"
 _WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
 _BASE_LAYER = ".base_layer."
+_ADAPTER_NAME = "default"
+_WRAPPED = "base_model.model."
+"""What peft puts before the names of the model's own weights."""
 
 
 class Adapter:
@@ -50,10 +54,13 @@ class Adapter:
             ) from error
         self._config.base_model_name_or_path = base
 
-    def write(self, folder: Path) -> None:
-        """The standard form: configuration and weights. `OSError` or `SafetensorError` when the disk refuses."""
+    def write(self, folder: Path, whole: Mapping[str, Tensor] | None = None) -> None:
+        """The standard form: configuration and weights. `OSError` or `SafetensorError` when the disk refuses.
+
+        `whole` has the model's weights by the names of its `state_dict`, where its own are in shards.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.detach().cpu().contiguous() for name, value in self._tensors().items()}
+        weights = {name: value.detach().cpu().contiguous() for name, value in self._tensors(whole).items()}
         save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
         is_inference, self._config.inference_mode = self._config.inference_mode, True
         self._config.save_pretrained(folder)
@@ -71,11 +78,12 @@ class Adapter:
 
         set_peft_model_state_dict(self._wrapped, found)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self, whole: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         from peft import get_peft_model_state_dict
 
+        named = None if whole is None else {f"{_WRAPPED}{name}": value for name, value in whole.items()}
         # Asked to find out by itself, the library looks for the base model on the hub.
-        tensors: dict[str, Tensor] = get_peft_model_state_dict(self._wrapped, save_embedding_layers=False)
+        tensors: dict[str, Tensor] = get_peft_model_state_dict(self._wrapped, named, save_embedding_layers=False)
         return tensors
 
     def _check(self, folder: Path) -> None:
@@ -94,23 +102,33 @@ class Adapter:
                 )
 
 
-def plain_weights(model: nn.Module) -> dict[str, Tensor]:
+def plain_weights(model: nn.Module, whole: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """A model's weights by the names that a model without adapters has, adapters merged in; copies only of those.
 
-    What a checkpoint and a rollout engine elsewhere are given. The model itself is unchanged.
+    What a checkpoint and a rollout engine elsewhere are given. The model itself is unchanged. `whole` has its weights
+    by the names of its `state_dict`, where its own are in shards: adapters are then merged into those very tensors, so
+    that no weight is there twice.
     """
-    merged = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight"):
-            with torch.no_grad():
-                base = module.base_layer.weight
-                merged[f"{name}.weight"] = base + module.get_delta_weight("default").to(base.dtype)
+    named: Mapping[str, Tensor] = model.state_dict() if whole is None else whole
+    scales = _scales(model)
     weights = {}
-    for name, value in model.state_dict().items():
-        plain = name.replace(_BASE_LAYER, ".")
-        if ".lora_" not in name:
-            weights[plain] = merged.get(plain, value)
+    for name, value in named.items():
+        if ".lora_" in name:
+            continue
+        module, is_adapted, rest = name.rpartition(_BASE_LAYER)
+        if is_adapted and rest == "weight":
+            factor_a, factor_b = (named[f"{module}.lora_{side}.{_ADAPTER_NAME}.weight"] for side in "AB")
+            with torch.no_grad():
+                delta = (factor_b @ factor_a) * scales[module]
+                value = value.add_(delta.to(value.dtype)) if whole is not None else value + delta.to(value.dtype)
+        weights[name.replace(_BASE_LAYER, ".")] = value
     return weights
+
+
+def _scales(model: Any) -> dict[str, float]:
+    """alpha / rank by the name of the layer that has an adapter."""
+    adapted = ((name, module) for name, module in model.named_modules() if hasattr(module, "get_delta_weight"))
+    return {name: module.scaling[_ADAPTER_NAME] for name, module in adapted}
 
 
 def _check_targets(model: nn.Module, settings: LoraSettings) -> None:

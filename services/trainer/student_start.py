@@ -38,11 +38,14 @@ def open_student(
     return loaded, adapter
 
 
-def adapted(model: nn.Module, adapter: Adapter | None) -> Adapted:
-    """Merged weights, and the adapter beside them; nothing for a student without."""
+def adapted(model: nn.Module, adapter: Adapter | None, whole: dict[str, Tensor] | None = None) -> Adapted:
+    """Merged weights, and the adapter beside them; without an adapter nothing but what is `whole`.
+
+    `whole` has the weights of a student in shards; see `plain_weights`.
+    """
     if adapter is None:
-        return {}
+        return {} if whole is None else {"weights": whole}
     return {
-        "weights": plain_weights(model),
-        "write_beside": lambda folder: adapter.write(folder / ADAPTER),
+        "weights": plain_weights(model, whole),
+        "write_beside": lambda folder: adapter.write(folder / ADAPTER, whole),
     }

@@ -33,16 +33,9 @@ def check_ranks(settings: "TrainSettings", num_ranks: int) -> None:
         return
     Share(num_ranks=num_ranks).check(settings.rollout.prompts_per_step)
     refused = {
-        "student.lora": (settings.student.lora is not None, "leave it out"),
-        "objective.horizon": (settings.objective.horizon is not None, "leave it out"),
         f"rollout.engine={settings.rollout.engine}": (
             settings.rollout.engine is EngineKind.VLLM,
             "set it to transformers",
-        ),
-        f"teacher.ema_decay={settings.teacher.ema_decay}": (settings.teacher.ema_decay is not None, "leave it out"),
-        f"pipeline.max_policy_lag={settings.pipeline.max_policy_lag}": (
-            settings.pipeline.max_policy_lag > 0,
-            "set it to 0",
         ),
     }
     for name, (is_set, way_out) in refused.items():

@@ -26,6 +26,8 @@ class SharedPins:
     def agree(self) -> None:
         """Pins on all ranks, again where they differ; collective, and signals must wait meanwhile.
 
+        It holds for every step that is sampled until the next time: with a lag the first steps share one.
+
         `TeacherUnavailableError`, which may pass, where they never agree.
         """
         for number in range(_TRIES):

@@ -7,7 +7,7 @@ time: `num_rounds` is the most that any has, and a rank with fewer runs `idle_lo
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -59,6 +59,10 @@ class StepScope(Protocol):
         """Metrics over all ranks."""
         ...
 
+    def gather(self, value: Any) -> list[Any]:
+        """The JSON value of every rank; see `Ranks.gather`."""
+        ...
+
 
 class LocalStep:
     """A student that one process has to itself."""
@@ -86,6 +90,9 @@ class LocalStep:
 
     def means(self, means: Mapping[str, Mean]) -> dict[str, Mean]:
         return dict(means)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
 
 
 class ShardedStep:
@@ -135,6 +142,9 @@ class ShardedStep:
 
     def means(self, means: Mapping[str, Mean]) -> dict[str, Mean]:
         return reduce_means(self._ranks, means)
+
+    def gather(self, value: Any) -> list[Any]:
+        return self._ranks.gather(value)
 
 
 def step_scope(

@@ -17,22 +17,25 @@ from typing import Any
 import torch
 
 from opd.errors import NonFiniteError, OpdError
+from opd.settings import check_settings
 from services.trainer.batch import micro_batches
 from services.trainer.checkpoint import Checkpoint, CheckpointStore, TrainerState
-from services.trainer.config import OptimSettings
+from services.trainer.config import OptimSettings, TrainSettings
 from services.trainer.distributed.process_group import RankEnvironment, TorchRanks, joined_ranks
 from services.trainer.distributed.ranks import Ranks, together
 from services.trainer.distributed.saving import save_together
 from services.trainer.distributed.sharding import shard_student
 from services.trainer.distributed.share import Share
 from services.trainer.distributed.step_scope import step_scope
+from services.trainer.lora import Adapter
 from services.trainer.loss import DistillLoss
-from services.trainer.models import load_model
+from services.trainer.models import LoadedModel
 from services.trainer.objectives.config import ObjectiveConfig
 from services.trainer.objectives.dispatch import build_objective
 from services.trainer.probe import read_probe
 from services.trainer.step_gradient import StepGradient
 from services.trainer.student import Student, StudentOptimizer
+from services.trainer.student_start import open_student
 
 MICRO_BATCH_TOKENS = 40
 
@@ -45,7 +48,7 @@ class Worker:
         self.ranks, self.folder = ranks, folder
         self.store = CheckpointStore(out / "checkpoints", keep_last=9)
         self.checkpoint: Checkpoint | None = self.store.latest()
-        self.loaded = load_model(str(self.checkpoint.folder if self.checkpoint else folder / "model"), device="cpu")
+        self.loaded, self.adapter = self._open(plan.get("lora"))
         if isinstance(ranks, TorchRanks):
             shard_student(self.loaded.model, ranks.mesh)
         self.student = Student(
@@ -60,6 +63,12 @@ class Worker:
         config = ObjectiveConfig(**plan["objective"])
         self.loss = DistillLoss(self.student, build_objective(config), config)
         self.scope = step_scope(ranks, self.student, reduces_each_round=plan["reduces_each_round"])
+
+    def _open(self, lora: dict[str, Any] | None) -> tuple[LoadedModel, Adapter | None]:
+        """As a run does: adapters go on from their base."""
+        student = {"model": str(self.folder / "model"), "device": "cpu", "lora": lora}
+        settings = check_settings(TrainSettings, {"student": student, "data": {"files": ["none"]}})
+        return open_student(settings, self.checkpoint)
 
     def train(self, step: int) -> dict[str, Any]:
         """One optimizer step on this rank's share of the recorded rollouts."""
@@ -82,7 +91,8 @@ class Worker:
 
     def save(self, step: int) -> None:
         state = TrainerState(step=step, seed=0, prompts_digest="d", config={})
-        save_together(self.ranks, self.store, self.loaded.model, self.loaded.tokenizer, self.optimizer, state)
+        loaded, adapter = self.loaded, self.adapter
+        save_together(self.ranks, self.store, loaded.model, loaded.tokenizer, self.optimizer, state, adapter=adapter)
 
     def leave(self, step: int) -> None:
         """Runs out of memory alone, and saves what is complete, as a run does."""

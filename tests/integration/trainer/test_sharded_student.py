@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from opd.types import Rollout, ScoreRequest
@@ -26,6 +28,10 @@ WORKER = Path(__file__).with_name("sharded_worker.py")
 NUM_STEPS, NUM_PROMPTS, PER_PROMPT, K = 3, 5, 2, 6
 SPARSE = {"score_top_k": K}
 DENSE = {"kind": "sampled_token", "score_top_k": K}
+LORA = {"rank": 3, "alpha": 6.0, "target_modules": ["q_proj", "o_proj", "down_proj"]}
+# A whole layer stays as it is, behind the adapters or before them. Of one row of A the second rank has none.
+FIRST_LAYER = LORA | {"rank": 1, "target_modules": ["layers.0.self_attn.q_proj", "layers.0.mlp.down_proj"]}
+LAST_LAYER = LORA | {"target_modules": ["layers.1.self_attn.q_proj", "layers.1.mlp.down_proj"]}
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -110,6 +116,15 @@ def weights(out: Path, step: int) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
+def assert_same_adapters(found: Path, expected: Path) -> None:
+    name = "checkpoints/step-000003/adapter/adapter_model.safetensors"
+    ours, theirs = load_file(found / name), load_file(expected / name)
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert value.abs().max() > 0
+        torch.testing.assert_close(ours[key], value, rtol=0, atol=2e-5, msg=key)
+
+
 @pytest.mark.parametrize(
     ("objective", "is_tied", "changes"),
     [
@@ -142,6 +157,58 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(folder: Path, tmp_pat
     gone_on = train(folder, tmp_path / "cut", range(1, NUM_STEPS), ranks=then)
     assert_same(begun + gone_on, whole)
     torch.testing.assert_close(weights(tmp_path / "cut", 3), weights(tmp_path / "whole", 3), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("lora", "changes"),
+    [
+        (LORA, {"is_tied": True}),
+        (LORA, {"gradient_checkpointing": True, "reduces_each_round": False}),
+        (FIRST_LAYER, {"gradient_checkpointing": True}),
+        (LAST_LAYER, {"is_tied": True, "reduces_each_round": False}),
+    ],
+    ids=["tied", "recomputed-once", "first-layer-recomputed", "last-layer-tied-once"],
+)
+def test_adapters_train_in_shards_as_in_one_process(
+    folder: Path, tmp_path: Path, lora: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    plan(folder, SPARSE, lora=lora, **changes)
+    alone = train(folder, tmp_path / "alone", range(NUM_STEPS))
+    both = train(folder, tmp_path / "both", range(NUM_STEPS), ranks=2)
+    assert_same(both, alone)
+    assert any(len(set(step["micro_batches"])) == 2 for step in both)
+    assert_same_adapters(tmp_path / "both", tmp_path / "alone")
+    # What anybody loads is the base and the adapter, or the two as one; no other tensor was trained.
+    checkpoint = tmp_path / "both/checkpoints/step-000003"
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    adapted = PeftModel.from_pretrained(base, checkpoint / "adapter").merge_and_unload()
+    merged = torch.cat([parameter.detach().flatten() for parameter in adapted.parameters()])
+    assert torch.equal(weights(tmp_path / "both", 3), merged)
+    optimizer = load_file(checkpoint / "trainer/optimizer.safetensors")
+    assert optimizer and all(".lora_" in name for name in optimizer)
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_adapters_go_on_with_another_number_of_ranks(folder: Path, tmp_path: Path, first: int, then: int) -> None:
+    plan(folder, DENSE, lora=LORA | {"rank": 1})
+    whole = train(folder, tmp_path / "whole", range(NUM_STEPS))
+    begun = train(folder, tmp_path / "cut", range(1), ranks=first)
+    gone_on = train(folder, tmp_path / "cut", range(1, NUM_STEPS), ranks=then)
+    assert_same(begun + gone_on, whole)
+    assert_same_adapters(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_disk_that_refuses_adapters_is_the_end_of_both_ranks(folder: Path, tmp_path: Path) -> None:
+    plan(folder, SPARSE, lora=LORA)
+    out = tmp_path / "out"
+    args = command(folder, out, range(1), ranks=2)
+    # A file is where checkpoints belong.
+    (out / "checkpoints").touch()
+    done = subprocess.run(args, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    reason = f"checkpoint {out}/checkpoints/step-000001: cannot be written (Not a directory)"
+    assert f"CheckpointError: {reason}" in done.stderr
+    assert f"CheckpointError: rank 0: {reason}" in done.stderr
 
 
 @pytest.mark.parametrize("whom", [0, 1])

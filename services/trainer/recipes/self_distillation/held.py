@@ -1,5 +1,7 @@
 """From the configuration to the teacher that the trainer holds itself, new or as a checkpoint left it."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from torch import Tensor
@@ -14,10 +16,13 @@ from services.trainer.weights import WeightPublisher
 
 TEACHER_STATE = "moving_average"
 """Name of the average's tensors in a checkpoint."""
+_InStep = Callable[[], AbstractContextManager[None]]
 
 
-def held_teacher(settings: TrainSettings, student: LoadedModel, checkpoint: Checkpoint | None) -> LocalTeacher | None:
-    """None for a run whose teacher is a pool.
+def held_teacher(
+    settings: TrainSettings, student: LoadedModel, checkpoint: Checkpoint | None, *, in_step: _InStep = nullcontext
+) -> LocalTeacher | None:
+    """None for a run whose teacher is a pool. `in_step` as for `MovingAverageTeacher`.
 
     The student's own initial weights are read again rather than copied, so that a resumed run, whose student has moved
     on, begins with the same teacher. Raises `ConfigError` as `load_model`, `CheckpointError` for an average that is not
@@ -32,7 +37,7 @@ def held_teacher(settings: TrainSettings, student: LoadedModel, checkpoint: Chec
             return LocalTeacher(loaded, pool=teacher.pool, row_chunk=row_chunk)
         case TeacherKind.SELF:
             initial = load_model(settings.student.model, device=settings.student.device)
-            return _self_teacher(teacher, initial, student, checkpoint, row_chunk=row_chunk)
+            return _self_teacher(teacher, initial, student, checkpoint, row_chunk=row_chunk, in_step=in_step)
 
 
 def _self_teacher(
@@ -42,12 +47,14 @@ def _self_teacher(
     checkpoint: Checkpoint | None,
     *,
     row_chunk: int,
+    in_step: _InStep,
 ) -> LocalTeacher:
     initial.model.requires_grad_(False)
     own = replace(initial, name=f"{initial.name} (itself)")
     if teacher.ema_decay is None:
         return LocalTeacher(own, pool=teacher.pool, row_chunk=row_chunk)
-    average = MovingAverageTeacher(own, student.model, pool=teacher.pool, decay=teacher.ema_decay, row_chunk=row_chunk)
+    decay, pool = teacher.ema_decay, teacher.pool
+    average = MovingAverageTeacher(own, student.model, pool=pool, decay=decay, row_chunk=row_chunk, in_step=in_step)
     if checkpoint is not None:
         average.load_state_tensors(checkpoint.extra_tensors(TEACHER_STATE), checkpoint.state.step)
     return average

@@ -1,9 +1,12 @@
 """A teacher that follows the student: teacher <- decay * teacher + (1 - decay) * student, once after each step.
 
 Over n steps this is decay^n theta_0 + (1 - decay) * sum over i of decay^(n - i) theta_i, in fp32. The loop knows
-nothing of it: the average moves where weights are published, which happens exactly once per optimizer step.
+nothing of it: the average moves where weights are published, which happens exactly once per optimizer step. Over
+several ranks each has all of the average, since each has its own rollouts scored, and moves it by the same numbers.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 
 from opd.errors import CheckpointError
 from opd.types import TeacherInfo
+from services.trainer.distributed.sharding import release, whole
 from services.trainer.models import LoadedModel
 from services.trainer.recipes.self_distillation.teacher import LocalTeacher
 from services.trainer.teacher_client import MOVED
@@ -21,10 +25,20 @@ class MovingAverageTeacher(LocalTeacher):
     """`loaded.model` holds the average and is changed in place; its fingerprint counts the steps it has followed."""
 
     def __init__(
-        self, loaded: LoadedModel, student: nn.Module, *, pool: str, decay: float, step: int = 0, row_chunk: int = 256
+        self,
+        loaded: LoadedModel,
+        student: nn.Module,
+        *,
+        pool: str,
+        decay: float,
+        step: int = 0,
+        row_chunk: int = 256,
+        in_step: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """`step`: how many optimizer steps the average in `loaded` has seen."""
+        """`step`: how many optimizer steps the average in `loaded` has seen. `in_step` is entered where a `student` in
+        shards waits for other ranks; see `Ranks.in_step`."""
         super().__init__(loaded, pool=pool, row_chunk=row_chunk)
+        self._in_step = in_step
         self._student = student
         self._decay = decay
         self._step = step
@@ -35,12 +49,16 @@ class MovingAverageTeacher(LocalTeacher):
         return replace(info, fingerprint=f"{info.fingerprint}{MOVED}{self._step}")
 
     def follow(self, step: int) -> None:
-        """Moves towards the student as it is after `step` completed steps; a step seen before changes nothing."""
+        """Moves towards the student as it is after `step` completed steps; a step seen before changes nothing.
+
+        Collective where the student is in shards: one weight after the other is whole for a moment.
+        """
         if step <= self._step:
             return
-        with torch.no_grad():
+        with torch.no_grad(), self._in_step():
+            release(self._student)
             for average, current in zip(self.model.parameters(), self._student.parameters(), strict=True):
-                average.lerp_(current, 1.0 - self._decay)
+                average.lerp_(whole(current), 1.0 - self._decay)
         self._step = step
 
     def state_tensors(self) -> dict[str, Tensor]:
