@@ -7,7 +7,6 @@ from pydantic import Field
 from opd.errors import ConfigError
 from opd.settings import Settings
 from services.trainer.distributed.share import Share
-from services.trainer.rollout.settings import EngineKind
 
 if TYPE_CHECKING:
     from services.trainer.config import TrainSettings
@@ -35,10 +34,6 @@ def check_ranks(settings: "TrainSettings", num_ranks: int) -> None:
     refused = {
         "student.lora": (settings.student.lora is not None, "leave it out"),
         "objective.horizon": (settings.objective.horizon is not None, "leave it out"),
-        f"rollout.engine={settings.rollout.engine}": (
-            settings.rollout.engine is EngineKind.VLLM,
-            "set it to transformers",
-        ),
         f"teacher.ema_decay={settings.teacher.ema_decay}": (settings.teacher.ema_decay is not None, "leave it out"),
         f"pipeline.max_policy_lag={settings.pipeline.max_policy_lag}": (
             settings.pipeline.max_policy_lag > 0,

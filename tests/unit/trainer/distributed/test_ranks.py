@@ -2,7 +2,6 @@
 
 import re
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -222,10 +221,6 @@ def test_the_launchers_variables() -> None:
     [
         ({"rollout": {"prompts_per_step": 3}}, r"^rollout\.prompts_per_step=3 is below the 4 processes"),
         ({"student": {"model": "m", "lora": {}}}, r"^student\.lora: does not go with 4 processes; leave it out"),
-        (
-            {"rollout": {"engine": "vllm", "vllm": {"python": sys.executable}}},
-            r"^rollout\.engine=vllm: does not go with 4 processes; set it to transformers",
-        ),
         ({"teacher": {"kind": "self", "ema_decay": 0.9}}, r"^teacher\.ema_decay=0\.9: does not go with 4 processes"),
         (
             {"pipeline": {"max_policy_lag": 1}, "objective": {"staleness_cap": 2.0}},
