@@ -1,8 +1,8 @@
 """One rank of a run whose rollouts are completed by the trainer and whose weights are published as files.
 
-`gathered_worker.py MODEL TEACHER OUT [--refuse RANK]`: two steps on three prompts, so that of two ranks one has twice the
-rollouts of the other. Each rank writes `rank-N.json` and keeps its version folders; the one named has nowhere to write
-its second version.
+`gathered_worker.py MODEL TEACHER OUT [--refuse RANK]`: two steps on three prompts, so that of two ranks one has twice
+the rollouts of the other. Each rank writes `rank-N.json` and keeps its version folders; the one named has nowhere to
+write its second version.
 """
 
 import json
@@ -24,7 +24,7 @@ from services.trainer.distributed.process_group import RankEnvironment, TorchRan
 from services.trainer.distributed.publishing import PublishedByAll, worst_of_all
 from services.trainer.distributed.ranks import Ranks
 from services.trainer.distributed.saving import save_together
-from services.trainer.distributed.sharding import shard_student
+from services.trainer.distributed.sharding import gathered, shard_student
 from services.trainer.distributed.step_scope import step_scope
 from services.trainer.loss import DistillLoss
 from services.trainer.models import load_model
@@ -67,12 +67,13 @@ class Worker:
         config = ObjectiveConfig(score_top_k=K)
         self.loss = DistillLoss(self.student, build_objective(config), config)
         self.scope = step_scope(ranks, self.student)
-        bare = TransformersEngine(
-            self.loaded.model,
-            eos_token_ids=self.loaded.eos_token_ids,
-            num_defined_ids=self.loaded.num_defined_ids,
-            score_top_k=None,
-        )
+        with gathered(self.loaded.model, ranks):
+            bare = TransformersEngine(
+                self.loaded.model,
+                eos_token_ids=self.loaded.eos_token_ids,
+                num_defined_ids=self.loaded.num_defined_ids,
+                score_top_k=None,
+            )
         self.engine = CompletedRollouts(bare, SupportPass(student=self.student, score_top_k=K))
         self.folder = VersionFolder(out)
         self.weights = PublishedByAll(KeptVersions(self.loaded.model, self.folder), self.loaded.model, ranks)

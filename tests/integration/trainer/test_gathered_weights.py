@@ -75,7 +75,8 @@ def test_ranks_complete_and_publish_by_themselves_what_one_process_would(tmp_pat
 def test_a_rank_that_cannot_publish_is_an_error_of_all_and_they_stay_together(tmp_path: Path) -> None:
     both = run(tmp_path, "both", "--refuse", "1", ranks=2)
     told, heard = both[1]["error"], both[0]["error"]
-    assert told.startswith("RolloutEngineError: version 2 cannot be written to") or told.startswith("InternalError: ")
+    # No error of ours, and yet one that all can go on from alike.
+    assert told.startswith("InternalError: FileNotFoundError: ")
     assert heard == told.replace(": ", ": rank 1: ", 1)
     # The step was taken, and is saved by both.
     assert (tmp_path / "both/checkpoints/step-000002").is_dir()
