@@ -94,7 +94,9 @@ def with_command(mark: str, word: str, environment: str = "") -> list[int]:
 
 
 def test_two_ranks_train_on_rollouts_of_two_engines_as_one_does(tmp_path: Path, mark: str) -> None:
-    evaluation = [f'evaluation.files=["{MODELS.parent / "data/heldout.jsonl"}"]', "evaluation.num_samples=1"]
+    problems = (MODELS.parent / "data/heldout.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "heldout.jsonl").write_text("".join(problems[:8]), encoding="utf-8")
+    evaluation = [f'evaluation.files=["{tmp_path / "heldout.jsonl"}"]', "evaluation.num_samples=1"]
     evaluation += ["evaluation.before=false", "evaluation.max_response_tokens=8"]
     both = train(tmp_path / "both", *evaluation, "steps=3", ranks=2)
     assert [record["step"] for record in both] == [1, 2, 3]
