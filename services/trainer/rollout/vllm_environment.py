@@ -14,8 +14,8 @@ _LAUNCHERS = frozenset(
 def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
     """An environment without what torchrun says of a rank.
 
-    An engine is a group of one. vLLM reads LOCAL_RANK for itself, and PyTorch TORCHELASTIC_USE_AGENT_STORE wherever a group
-    meets over TCP: it would look for its store at the launcher's.
+    An engine is a group of one. vLLM reads LOCAL_RANK for itself, and PyTorch TORCHELASTIC_USE_AGENT_STORE wherever a
+    group meets over TCP: it would look for its store at the launcher's.
     """
     return {name: value for name, value in environ.items() if name not in _LAUNCHERS and not name.startswith(_LAUNCHER)}
 
