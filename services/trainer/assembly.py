@@ -123,7 +123,7 @@ def _prepare(settings: TrainSettings, stop: StopSignal, ranks: Ranks, opened: Ex
             shard_student(loaded.model, ranks.mesh)
     with gathered(loaded.model, ranks), together(ranks), stop.interruptible():
         first_prompt = prompts.schedule.step_prompts(0)[0].prompt_token_ids
-        engines = build_engines(settings, loaded, opened, probe_prompt=first_prompt)
+        engines = build_engines(settings, loaded, opened, probe_prompt=first_prompt, ranks=ranks)
         _check_context(settings, engines.training.max_context)
         held = None
         if settings.objective.uses_teacher:

@@ -20,7 +20,7 @@ from opd.settings import load_settings
 from opd.tracing import configure_tracing
 from services.trainer.alarms.desk import StoppedByAlarm
 from services.trainer.config import TrainSettings
-from services.trainer.distributed.config import check_ranks
+from services.trainer.distributed.share import Share
 from services.trainer.loggers.config import require_packages
 from services.trainer.lora_config import require_peft
 from services.trainer.stop import StopRequested, StopSignal
@@ -66,7 +66,7 @@ def _run(settings: TrainSettings, stop: StopSignal, *, resume: bool) -> int:
             timeout_s=limits.collective_timeout_s,
             silence_s=limits.silence_s,
         ) as ranks:
-            check_ranks(settings, ranks.num_ranks)
+            Share(num_ranks=ranks.num_ranks).check(settings.rollout.prompts_per_step)
             from services.trainer.assembly import assemble
 
             try:

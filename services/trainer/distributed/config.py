@@ -1,16 +1,10 @@
-"""How the processes of one run work together (`[distributed]`), and what several of them cannot do. Light: no torch."""
+"""How the processes of one run work together (`[distributed]`). Light: no torch."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import Field
 
-from opd.errors import ConfigError
 from opd.settings import Settings
-from services.trainer.distributed.share import Share
-from services.trainer.rollout.settings import EngineKind
-
-if TYPE_CHECKING:
-    from services.trainer.config import TrainSettings
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -25,19 +19,3 @@ class DistributedSettings(Settings):
     reduces_each_round: bool = True
     """Sums gradients over ranks after each micro-batch, so that each holds a shard of them; false sums once a step and
     holds a whole gradient in fp32 on each."""
-
-
-def check_ranks(settings: "TrainSettings", num_ranks: int) -> None:
-    """`ConfigError` for what a run of one process can do and one of several cannot."""
-    if num_ranks == 1:
-        return
-    Share(num_ranks=num_ranks).check(settings.rollout.prompts_per_step)
-    refused = {
-        f"rollout.engine={settings.rollout.engine}": (
-            settings.rollout.engine is EngineKind.VLLM,
-            "set it to transformers",
-        ),
-    }
-    for name, (is_set, way_out) in refused.items():
-        if is_set:
-            raise ConfigError(f"{name}: does not go with {num_ranks} processes; {way_out}, or start a single process")

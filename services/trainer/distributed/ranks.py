@@ -96,11 +96,12 @@ def _told(failure: Exception | StopRequested | None) -> dict[str, Any] | None:
         return None
     if isinstance(failure, StopRequested):
         return {"signal": failure.number}
-    known = _known(failure)
+    known = known_error(failure)
     return {"code": known.code, "message": known.message, "retry_after_s": known.retry_after_s}
 
 
-def _known(failure: Exception) -> OpdError:
+def known_error(failure: Exception) -> OpdError:
+    """The failure, or what other ranks hear of one that is none of ours."""
     if isinstance(failure, OpdError):
         return failure
     if isinstance(failure, torch.OutOfMemoryError):

@@ -21,6 +21,7 @@ from opd.errors import ConfigError
 from services.trainer.distributed.ranks import Alone, Ranks
 
 _DECODE = "opd_decode"
+_IS_GATHERED = "opd_is_gathered"
 
 
 def shard_student(model: Any, mesh: DeviceMesh) -> None:
@@ -69,6 +70,9 @@ class ShardedDecoder:
         self._is_stale = False
 
     def __call__(self, **inputs: Any) -> Any:
+        if getattr(self._model, _IS_GATHERED, False):
+            # All weights are here and as they should be, and the other ranks do something else.
+            return _decode(self._model, **inputs)
         if self._is_stale:
             # A pass without a backward one left its copy behind, and the weights may have changed since.
             self._model.reshard()
@@ -99,12 +103,29 @@ def gathered(model: nn.Module, ranks: Ranks | None = None) -> Iterator[None]:
             # Also when gathered already: that copy may be of older weights.
             module.reshard()
             module.unshard()
+    setattr(model, _IS_GATHERED, bool(modules))
     try:
         yield
     finally:
+        setattr(model, _IS_GATHERED, False)
         for module in modules:
             module.reshard()
             module.set_reshard_after_forward(module is not model, recurse=False)
+
+
+def gathered_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What `state_dict` names, of a model whose weights are whole: within `gathered`, or not in shards at all.
+
+    Within, `state_dict` itself would have FSDP put the shards back.
+    """
+    if not is_sharded(model):
+        return model.state_dict()
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, value in module.named_buffers(prefix=path, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                found[name] = value
+    return found
 
 
 def whole(tensor: Tensor) -> Tensor:

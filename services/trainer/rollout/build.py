@@ -1,9 +1,10 @@
 """From the configuration to what samples: the engine, the one for evaluations, and how weights reach them."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import torch
 from opd.errors import ConfigError
 from opd.types import Ids
 from services.trainer.config import TrainSettings
+from services.trainer.distributed.publishing import PublishedByAll, worst_of_all
+from services.trainer.distributed.ranks import Ranks
 from services.trainer.models import LoadedModel
 from services.trainer.rollout.base import RolloutEngine
 from services.trainer.rollout.completed import CompletedRollouts
 from services.trainer.rollout.settings import EngineKind, WeightTransfer
 from services.trainer.rollout.transformers_engine import TransformersEngine
 from services.trainer.rollout.vllm_engine import VllmEngine, asked_width
+from services.trainer.rollout.vllm_environment import engine_devices
 from services.trainer.rollout.vllm_files import VersionFolder
 from services.trainer.rollout.vllm_process import VllmProcess
 from services.trainer.rollout.vllm_sampler import SamplerOptions
@@ -26,7 +30,6 @@ from services.trainer.student import Student
 from services.trainer.support_pass import SupportPass
 from services.trainer.weights import SharedWeights, WeightPublisher
 
-LOG_FILE = "rollout-engine.log"
 _PROBE_PROMPT_TOKENS = 64
 
 
@@ -39,16 +42,20 @@ class Engines:
     """Records nothing but tokens."""
     weights: WeightPublisher
     metrics: Callable[[], dict[str, float]] = dict
-    """What there is to say of the last publish."""
+    """What there is to say of the last publish; collective where there are several ranks."""
 
 
-def build_engines(settings: TrainSettings, loaded: LoadedModel, opened: ExitStack, *, probe_prompt: Ids) -> Engines:
+def build_engines(
+    settings: TrainSettings, loaded: LoadedModel, opened: ExitStack, *, probe_prompt: Ids, ranks: Ranks
+) -> Engines:
     """Raises `ConfigError` when the engine cannot be had; what was started is closed with `opened`.
 
-    An engine with weights of its own is compared with the trainer on `probe_prompt`, a prompt of the run.
+    An engine with weights of its own is compared with the trainer on `probe_prompt`, a prompt of the run. Each of
+    several `ranks` has one of its own, started within `gathered`, and publishes with the others outside of it.
     """
     if settings.rollout.engine is EngineKind.VLLM:
-        return _vllm(settings, loaded, opened, probe_prompt)
+        alone = _vllm(settings, loaded, opened, probe_prompt, ranks)
+        return alone if ranks.num_ranks == 1 else _of_all_ranks(alone, loaded.model, ranks)
     training = _transformers(settings, loaded, score_top_k=settings.objective.score_top_k)
     return Engines(
         training=training,
@@ -70,18 +77,24 @@ def _transformers(settings: TrainSettings, loaded: LoadedModel, *, score_top_k: 
     )
 
 
-def _vllm(settings: TrainSettings, loaded: LoadedModel, opened: ExitStack, prompt: Ids) -> Engines:
+def _of_all_ranks(engines: Engines, model: Any, ranks: Ranks) -> Engines:
+    weights = PublishedByAll(engines.weights, model, ranks)
+    return replace(engines, weights=weights, metrics=worst_of_all(ranks, engines.metrics))
+
+
+def _vllm(settings: TrainSettings, loaded: LoadedModel, opened: ExitStack, prompt: Ids, ranks: Ranks) -> Engines:
     rollout, options = settings.rollout, settings.rollout.vllm
     on_cuda = loaded.model.device.type == "cuda"
     dtype = torch.bfloat16 if on_cuda else torch.float32
     takes_nccl = _takes_nccl(settings, on_cuda=on_cuda)
+    devices = engine_devices(options.cuda_devices, os.environ, num_ranks=ranks.num_ranks, on_cuda=on_cuda)
     folder = VersionFolder(options.weights_folder)
     opened.callback(folder.close)
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     process = VllmProcess(
         python=options.python,
-        environment={"CUDA_VISIBLE_DEVICES": options.cuda_devices} if options.cuda_devices else {},
-        log=settings.run_dir / LOG_FILE,
+        environment={"CUDA_VISIBLE_DEVICES": devices} if devices else {},
+        log=settings.run_dir / log_file(ranks.rank),
         patience_s=options.patience_s,
     )
     opened.callback(process.close)
@@ -110,6 +123,11 @@ def _vllm(settings: TrainSettings, loaded: LoadedModel, opened: ExitStack, promp
         training, sender, probe, max_drift=rollout.max_drift or (1e-3 if dtype == torch.float32 else 0.1)
     )
     return Engines(training=training, evaluation=engine(None), weights=weights, metrics=weights.metrics)
+
+
+def log_file(rank: int) -> str:
+    """Name of what a rank's engine prints, in the run folder."""
+    return f"rollout-engine-{rank}.log" if rank else "rollout-engine.log"
 
 
 def _sampler_options(

@@ -16,8 +16,9 @@ class CompletedRollouts:
     """A `RolloutEngine`. `completing` says what is wanted; temperature and cuts are those of each call's sampling."""
 
     def __init__(self, engine: RolloutEngine, completing: SupportPass, *, fraction: float = 1.0, seed: int = 0) -> None:
-        """`fraction` of each call's rollouts lack nothing: where nothing is lost or sampled ahead, the same that
-        `StepMetrics` measures by this seed. Where the loss needs the sampler's log-probs, it has to be 1."""
+        """`fraction` of each call's rollouts, at least one, lack nothing: where nothing is lost or sampled ahead, the
+        same that `StepMetrics` measures by this seed. Of several ranks each completes and measures a fraction of
+        its own rollouts. Where the loss needs the sampler's log-probs, it has to be 1."""
         self._engine = engine
         self._completing = completing
         self._fraction = fraction

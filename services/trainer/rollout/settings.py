@@ -38,7 +38,7 @@ class VllmRolloutSettings(Settings):
     python: Path | None = None
     """The Python that has vLLM and this project, such as .venv-vllm/bin/python; unset is the trainer's own."""
     cuda_devices: str = ""
-    """CUDA_VISIBLE_DEVICES of the engine, such as `1`; empty leaves it the trainer's."""
+    """CUDA_VISIBLE_DEVICES of the engine, such as `1`; empty leaves it the trainer's. Ranks share it out."""
     gpu_memory_utilization: Share = 0.4
     """Share of the GPU's memory for weights, keys and values; what the trainer needs there must be left."""
     kv_cache_bytes: PositiveInt | None = None

@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from opd.errors import ConfigError, RolloutEngineError, first_line
+from services.trainer.distributed.sharding import gathered_weights
 
 Tensors: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
 """dtype and shape by name."""
@@ -44,7 +46,8 @@ class VersionFolder:
         self._check_room(state)
         partial, target = self.path / f".partial-{version}", self.path / f"version-{version}"
         try:
-            model.save_pretrained(partial, state_dict=state)
+            with _written_by_any_rank(model):
+                model.save_pretrained(partial, state_dict=state)
             sizes = {path.name: path.stat().st_size for path in partial.glob("*.safetensors")}
             (partial / _MARK).write_text(json.dumps({"version": version, "sizes": sizes}), encoding="utf-8")
             partial.rename(target)
@@ -74,11 +77,21 @@ class VersionFolder:
             )
 
 
+@contextmanager
+def _written_by_any_rank(model: Any) -> Iterator[None]:
+    """transformers has rank 0 alone write, for ranks that save into one folder; here each has its own."""
+    model.should_save_on_this_rank = lambda is_main_process: is_main_process
+    try:
+        yield
+    finally:
+        del model.should_save_on_this_rank
+
+
 def _in_dtype(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The state in the engine's dtype; tied weights stay one tensor, so that they are written once."""
     cast: dict[tuple[int, torch.Size], torch.Tensor] = {}
     state: dict[str, torch.Tensor] = {}
-    for name, value in model.state_dict().items():
+    for name, value in gathered_weights(model).items():
         key = (value.data_ptr(), value.shape)
         if key not in cast:
             cast[key] = value.detach().to(dtype) if value.is_floating_point() else value.detach()

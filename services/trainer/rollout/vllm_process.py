@@ -20,6 +20,7 @@ from typing import Any
 import opd
 from opd.errors import ConfigError, InternalError, RolloutEngineError, from_code
 from services.trainer.rollout.vllm_channel import Array, Channel, Message
+from services.trainer.rollout.vllm_environment import without_launcher
 
 _CLOSE_S = 5.0
 
@@ -42,7 +43,7 @@ class VllmProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
-                    env={**os.environ, **environment},
+                    env={**without_launcher(os.environ), **environment},
                     pass_fds=[theirs.fileno()],
                 )
             except OSError as error:

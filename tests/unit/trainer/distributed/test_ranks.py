@@ -2,7 +2,6 @@
 
 import re
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +13,9 @@ import pytest
 import torch
 
 from opd.errors import ConfigError, InternalError, RankLostError, TeacherUnavailableError
-from opd.settings import check_settings
-from services.trainer.config import TrainSettings
 from services.trainer.diagnostics import StepDiagnostics
 from services.trainer.diagnostics.means import Mean
 from services.trainer.diagnostics.positions import PositionScores
-from services.trainer.distributed.config import check_ranks
 from services.trainer.distributed.means import reduce_counts, reduce_means, slowest
 from services.trainer.distributed.pins import SharedPins
 from services.trainer.distributed.process_group import RankEnvironment, joined_ranks, rank_device
@@ -253,21 +249,10 @@ def test_the_launchers_variables() -> None:
         rank_device("cuda:0", found)
 
 
-@pytest.mark.parametrize(
-    ("values", "reason"),
-    [
-        ({"rollout": {"prompts_per_step": 3}}, r"^rollout\.prompts_per_step=3 is below the 4 processes"),
-        (
-            {"rollout": {"engine": "vllm", "vllm": {"python": sys.executable}}},
-            r"^rollout\.engine=vllm: does not go with 4 processes; set it to transformers",
-        ),
-    ],
-)
-def test_what_several_processes_cannot_do(values: dict[str, Any], reason: str) -> None:
-    settings = check_settings(TrainSettings, {"student": {"model": "m"}, "data": {"files": ["f"]}} | values)
-    check_ranks(settings, 1)
-    with pytest.raises(ConfigError, match=reason):
-        check_ranks(settings, 4)
+def test_every_process_needs_a_prompt() -> None:
+    Share(num_ranks=4).check(4)
+    with pytest.raises(ConfigError, match=r"^rollout\.prompts_per_step=3 is below the 4 processes"):
+        Share(num_ranks=4).check(3)
 
 
 def test_others_that_cannot_be_reached_are_one_line_that_may_pass() -> None:
