@@ -102,16 +102,18 @@ class Adapter:
                 )
 
 
-def plain_weights(model: nn.Module, whole: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def plain_weights(
+    model: nn.Module, weights: Mapping[str, Tensor] | None = None, *, in_place: bool = False
+) -> dict[str, Tensor]:
     """A model's weights by the names that a model without adapters has, adapters merged in; copies only of those.
 
-    What a checkpoint and a rollout engine elsewhere are given. The model itself is unchanged. `whole` has its weights
-    by the names of its `state_dict`, where its own are in shards: adapters are then merged into those very tensors, so
-    that no weight is there twice.
+    What a checkpoint and a rollout engine elsewhere are given. `weights` has the model's by the names of its
+    `state_dict`, where its own are in shards. The model itself is unchanged; with `in_place` adapters are merged into
+    the tensors of `weights`, so that none is there twice.
     """
-    named: Mapping[str, Tensor] = model.state_dict() if whole is None else whole
-    scales = _scales(model)
-    weights = {}
+    named: Mapping[str, Tensor] = model.state_dict() if weights is None else weights
+    scales = _scales(model) if any(_BASE_LAYER in name for name in named) else {}
+    found = {}
     for name, value in named.items():
         if ".lora_" in name:
             continue
@@ -119,10 +121,10 @@ def plain_weights(model: nn.Module, whole: Mapping[str, Tensor] | None = None) -
         if is_adapted and rest == "weight":
             factor_a, factor_b = (named[f"{module}.lora_{side}.{_ADAPTER_NAME}.weight"] for side in "AB")
             with torch.no_grad():
-                delta = (factor_b @ factor_a) * scales[module]
-                value = value.add_(delta.to(value.dtype)) if whole is not None else value + delta.to(value.dtype)
-        weights[name.replace(_BASE_LAYER, ".")] = value
-    return weights
+                delta = ((factor_b @ factor_a) * scales[module]).to(value.dtype)
+                value = value.add_(delta) if in_place else value + delta
+        found[name.replace(_BASE_LAYER, ".")] = value
+    return found
 
 
 def _scales(model: Any) -> dict[str, float]:

@@ -41,11 +41,11 @@ def open_student(
 def adapted(model: nn.Module, adapter: Adapter | None, whole: dict[str, Tensor] | None = None) -> Adapted:
     """Merged weights, and the adapter beside them; without an adapter nothing but what is `whole`.
 
-    `whole` has the weights of a student in shards; see `plain_weights`.
+    `whole` has the weights of a student in shards, and adapters are merged into its tensors.
     """
     if adapter is None:
         return {} if whole is None else {"weights": whole}
     return {
-        "weights": plain_weights(model, whole),
+        "weights": plain_weights(model, whole, in_place=whole is not None),
         "write_beside": lambda folder: adapter.write(folder / ADAPTER, whole),
     }

@@ -157,7 +157,7 @@ def _takes_nccl(settings: TrainSettings, *, on_cuda: bool) -> bool:
     options = settings.rollout.vllm
     has_vllm = importlib.util.find_spec("vllm") is not None
     if options.transfer is WeightTransfer.AUTO:
-        return on_cuda and bool(options.cuda_devices) and has_vllm
+        return on_cuda and bool(options.cuda_devices) and has_vllm and settings.student.lora is None
     if options.transfer is WeightTransfer.FILES:
         return False
     if not on_cuda or not options.cuda_devices:

@@ -74,10 +74,10 @@ def check_engine(settings: "TrainSettings") -> None:
             f"rollout.threads={rollout.threads} with rollout.engine=vllm would do nothing; set OMP_NUM_THREADS, which "
             "vLLM reads, or leave it out"
         )
-    if settings.student.lora is not None:
+    if settings.student.lora is not None and rollout.vllm.transfer is WeightTransfer.NCCL:
         raise ValueError(
-            "student.lora with rollout.engine=vllm: the engine takes whole weights and the trainer has an adapter; set "
-            "rollout.engine=transformers or leave student.lora out"
+            "student.lora with rollout.vllm.transfer=nccl: adapters are merged where weights are written; set "
+            "rollout.vllm.transfer=files"
         )
     if rollout.vllm.tensor_parallel_size != 1:
         raise ValueError(

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from opd.errors import ConfigError, RolloutEngineError, first_line
 from services.trainer.distributed.sharding import gathered_weights
+from services.trainer.lora import plain_weights
 
 Tensors: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
 """dtype and shape by name."""
@@ -88,10 +89,10 @@ def _written_by_any_rank(model: Any) -> Iterator[None]:
 
 
 def _in_dtype(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The state in the engine's dtype; tied weights stay one tensor, so that they are written once."""
+    """The weights in the engine's dtype, adapters merged in; tied ones stay one tensor, to be written once."""
     cast: dict[tuple[int, torch.Size], torch.Tensor] = {}
     state: dict[str, torch.Tensor] = {}
-    for name, value in gathered_weights(model).items():
+    for name, value in plain_weights(model, gathered_weights(model)).items():
         key = (value.data_ptr(), value.shape)
         if key not in cast:
             cast[key] = value.detach().to(dtype) if value.is_floating_point() else value.detach()

@@ -93,12 +93,14 @@ def with_command(mark: str, word: str, environment: str = "") -> list[int]:
     return found
 
 
-def test_two_ranks_train_on_rollouts_of_two_engines_as_one_does(tmp_path: Path, mark: str) -> None:
+def test_two_ranks_train_adapters_on_rollouts_of_two_engines_as_one_does(tmp_path: Path, mark: str) -> None:
     problems = (MODELS.parent / "data/heldout.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "heldout.jsonl").write_text("".join(problems[:8]), encoding="utf-8")
     evaluation = [f'evaluation.files=["{tmp_path / "heldout.jsonl"}"]', "evaluation.num_samples=1"]
     evaluation += ["evaluation.before=false", "evaluation.max_response_tokens=8"]
-    both = train(tmp_path / "both", *evaluation, "steps=3", ranks=2)
+    # The engines are given the merged weights.
+    adapters = ["student.lora.rank=4", "optim.lr=1e-2"]
+    both = train(tmp_path / "both", *evaluation, *adapters, "steps=3", ranks=2)
     assert [record["step"] for record in both] == [1, 2, 3]
     for record in both:
         # The larger one of both engines.
@@ -112,7 +114,7 @@ def test_two_ranks_train_on_rollouts_of_two_engines_as_one_does(tmp_path: Path, 
     after = load_file(tmp_path / "both/checkpoints/step-000003/model.safetensors")
     assert max(float((after[name] - before[name]).abs().max()) for name in before) > 1e-3
     assert {path.name for path in (tmp_path / "both").glob("*.log")} == {"rollout-engine.log", "rollout-engine-1.log"}
-    (alone,) = train(tmp_path / "alone", "steps=1", ranks=1)
+    (alone,) = train(tmp_path / "alone", *adapters, "steps=1", ranks=1)
     # Seeds are those of rollouts, so whichever engine samples one, the tokens are the same.
     assert both[0].keys() == alone.keys()
     numbers = {name: value for name, value in alone.items() if isinstance(value, float) and name[:6] != "timing"}

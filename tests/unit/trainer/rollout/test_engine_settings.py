@@ -35,7 +35,10 @@ def test_transformers_is_the_default_and_vllm_a_choice() -> None:
         ([*VLLM, "rollout.top_p=0.9"], r"rollout\.top_p=0\.9 with rollout\.engine=vllm"),
         ([*VLLM, "rollout.top_k=20"], r"rollout\.top_k=20 with rollout\.engine=vllm"),
         ([*VLLM, "rollout.threads=2"], r"rollout\.threads=2 with rollout\.engine=vllm would do nothing"),
-        ([*VLLM, "student.lora.rank=4"], r"student\.lora with rollout\.engine=vllm: .* whole weights"),
+        (
+            [*VLLM, "student.lora.rank=4", "rollout.vllm.transfer=nccl"],
+            r"student\.lora with rollout\.vllm\.transfer=nccl: .* set rollout\.vllm\.transfer=files",
+        ),
         ([*VLLM, "deterministic=true"], r"deterministic=true with rollout\.engine=vllm"),
         (["rollout.engine=vllm", "rollout.vllm.python=/nowhere"], r"rollout\.vllm\.python=/nowhere: no such file"),
         (["rollout.engine=vlm"], r"rollout\.engine.*vlm"),

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from opd.errors import ConfigError, RolloutEngineError
+from services.trainer.lora import Adapter
+from services.trainer.lora_config import LoraSettings
 from services.trainer.rollout.vllm_files import VersionFolder, check_version, tensors_of
 from tests.unit.trainer.rollout.tiny_students import qwen
 
@@ -38,6 +41,28 @@ def test_tied_weights_are_written_once_in_the_engines_dtype(tmp_path: Path) -> N
     assert "lm_head.weight" not in found and "model.embed_tokens.weight" in found
     assert {value.dtype for value in found.values()} == {torch.bfloat16}
     assert model.lm_head.weight.dtype == torch.float32
+
+
+def test_adapters_are_merged_into_what_is_written_and_not_into_the_model(tmp_path: Path) -> None:
+    qwen(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    model, folder = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval(), VersionFolder(tmp_path)
+    plain = tensors_of(folder.write(model, 0, torch.float32))
+    base = {name: value.clone() for name, value in model.named_parameters()}
+    Adapter(model, LoraSettings(rank=2, alpha=4.0, target_modules=("q_proj", "down_proj")), base=str(tmp_path / "base"))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if ".lora_" in name:
+                value.normal_()
+    ids = torch.arange(6)[None]
+    before = model(input_ids=ids).logits
+    written = folder.write(model, 1, torch.float32)
+    check_version(written, 1, plain)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    found = load_file(next(written.glob("*.safetensors")))
+    changed = {name for name, value in found.items() if not torch.equal(value, base[name])}
+    assert changed and all(name.endswith(("q_proj.weight", "down_proj.weight")) for name in changed)
+    again = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32).eval()
+    assert torch.allclose(again(input_ids=ids).logits, before, atol=1e-5)
 
 
 def test_other_tensors_are_named(tmp_path: Path) -> None:
