@@ -1,7 +1,7 @@
 """How a run begins: at its beginning, or where a checkpoint of the same run left it.
 
-A run that goes on has the same prompts in the same order and the same seed; other settings may have changed and are
-named. What an attempt has left after the checkpoint does not count.
+A run that goes on has the same prompts in the same order, as many of them a step, and the same seed; other settings may
+have changed and are named. What an attempt has left after the checkpoint does not count.
 """
 
 import logging
@@ -17,6 +17,8 @@ from services.trainer.run_log import RunLog
 from services.trainer.student import StudentOptimizer
 
 _log = logging.getLogger(__name__)
+_ORDERING = (("rollout", "prompts_per_step"), ("data", "source_weights"))
+"""What decides, beside prompts and seed, which of them a step trains on."""
 
 
 def starting_point(log: RunLog, store: CheckpointStore, *, resume: bool) -> Checkpoint | None:
@@ -36,11 +38,24 @@ def starting_point(log: RunLog, store: CheckpointStore, *, resume: bool) -> Chec
 def check_continuity(checkpoint: Checkpoint, prompts: PreparedPrompts, settings: TrainSettings) -> None:
     """The schedule's position means nothing for other prompts or another order."""
     state = checkpoint.state
-    if (state.prompts_digest, state.seed) != (prompts.digest, settings.seed):
+    now = public_config(settings)
+    for section, name in _ORDERING:
+        # A record that does not say has nothing to compare.
+        before, value = state.config.get(section, {}).get(name, now[section][name]), now[section][name]
+        if before != value:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.folder}: was made with {section}.{name}={_shown(before)}, now it is "
+                f"{_shown(value)}, so that prompts would be skipped or come twice; set it back, or use another run_dir"
+            )
+    if state.seed != settings.seed or not prompts.are_those_of(state.prompts_digest):
         raise CheckpointError(
             f"checkpoint {checkpoint.folder}: was made with other prompts or another seed than this configuration's; "
             "give it the same data and seed, or another run_dir"
         )
+
+
+def _shown(value: object) -> object:
+    return "unset" if value is None else value
 
 
 def restore(checkpoint: Checkpoint, optimizer: StudentOptimizer, log: RunLog, settings: TrainSettings) -> None:
