@@ -11,7 +11,7 @@ from opd.errors import CheckpointError, ConfigError
 from opd.queue.connection import hide_password
 from services.trainer.checkpoint import Checkpoint, CheckpointStore
 from services.trainer.config import TrainSettings
-from services.trainer.probe import PROBE_FILE
+from services.trainer.probe import PROBE_FILE, remove_probe
 from services.trainer.prompt_files import PreparedPrompts
 from services.trainer.run_log import RunLog
 from services.trainer.student import StudentOptimizer
@@ -59,11 +59,12 @@ def _shown(value: object) -> object:
 
 
 def restore(checkpoint: Checkpoint, optimizer: StudentOptimizer, log: RunLog, settings: TrainSettings) -> None:
-    """Puts optimizer, random generators and log back to where the checkpoint left them."""
+    """Puts optimizer, random generators, log and probe back to where the checkpoint left them."""
     state = checkpoint.state
     optimizer.load_state_tensors(checkpoint.optimizer_tensors())
     checkpoint.restore_random_state()
     log.drop_after(state.step)
+    remove_probe(log.run_dir / PROBE_FILE, after=state.step)
     now = public_config(settings)
     changed = sorted(
         name
@@ -76,10 +77,14 @@ def restore(checkpoint: Checkpoint, optimizer: StudentOptimizer, log: RunLog, se
 
 
 def begin_anew(log: RunLog) -> None:
-    """What an attempt that died before its first checkpoint has left must not count as this one's past."""
-    log.drop_after(0)
-    (log.run_dir / PROBE_FILE).unlink(missing_ok=True)
-    log.write_event("resume", step=0, changed=[])
+    """What an attempt that died before its first checkpoint has left must not count as this one's past.
+
+    It takes its probe before it writes the line of that step, so there may be the one without the other.
+    """
+    remove_probe(log.run_dir / PROBE_FILE)
+    if log.has_run():
+        log.drop_after(0)
+        log.write_event("resume", step=0, changed=[])
 
 
 def public_config(settings: TrainSettings) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a run may go on with, and what of an earlier attempt it must not count, with the real parts."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,12 +11,18 @@ from opd.errors import CheckpointError
 from opd.settings import load_settings
 from services.trainer.assembly import assemble
 from services.trainer.config import TrainSettings
+from services.trainer.probe import PROBE_FILE, read_probe
 from services.trainer.run_log import read_steps
 from services.trainer.stop import StopSignal
 from services.trainer.training_run import TrainingRun
 from tests.unit.trainer.tiny_training import tiny_model, tiny_tokenizer
 
 WEIGHTS = ("data.source_weights.sums=1", "data.source_weights.words=3")
+
+
+PROBED = ("rollout.prompts_per_step=4", "rollout.rollouts_per_prompt=2", "checkpoint.every_steps=1")
+"""Enough rollouts a step for a gradient probe."""
+COHERENCE = "distill/gradient_coherence"
 
 
 @pytest.fixture
@@ -107,3 +114,42 @@ def test_a_record_of_an_earlier_version_has_no_digest_of_the_sources(student: Pa
         make_run(student, "steps=2", *WEIGHTS, "rollout.prompts_per_step=4", resume=True)
     train(make_run(student, "steps=2", *WEIGHTS, resume=True))
     assert steps_of(student) == [1, 2]
+
+
+def coherences(run_dir: Path) -> dict[int, float | None]:
+    return {record["step"]: record.get(COHERENCE) for record in read_steps(run_dir)}
+
+
+@pytest.mark.parametrize("resume", [True, False], ids=["resumed", "begun again"])
+def test_killed_between_the_probe_and_the_line_of_its_step(student: Path, resume: bool) -> None:
+    """All that a kill leaves there is the probe, here of other rollouts: what is measured is the new run's own."""
+    settings = (*PROBED, "steps=2", "metrics.coherence_every_steps=2")
+    train(make_run(student, "seed=5", *settings))
+    run_dir, whole = student.parent / "run", student.parent / "whole"
+    probe = (run_dir / PROBE_FILE).read_bytes()
+    shutil.rmtree(run_dir)
+    run_dir.mkdir()
+    (run_dir / PROBE_FILE).write_bytes(probe)
+    train(make_run(student, *settings, resume=resume))
+    train(make_run(student, *settings, f"run_dir={whole}"))
+    assert None not in coherences(whole).values()
+    assert coherences(run_dir) == coherences(whole)
+
+
+def test_a_probe_that_was_taken_after_the_checkpoint_is_taken_again(student: Path) -> None:
+    run_dir = student.parent / "run"
+    settings = (*PROBED, "steps=3", "checkpoint.keep_last=3", "metrics.coherence_every_steps=5")
+    train(make_run(student, *PROBED, "steps=1", "metrics.coherence_every_steps=0"))
+    train(make_run(student, *settings, resume=True))
+    measured = coherences(run_dir)
+    assert [step for step, value in measured.items() if value is not None] == [2]
+    assert read_probe(run_dir / PROBE_FILE).step == 2
+    taken = (run_dir / PROBE_FILE).read_bytes()
+    # One that the checkpoint knows of stays.
+    shutil.rmtree(run_dir / "checkpoints/step-000003")
+    train(make_run(student, *settings, resume=True))
+    assert coherences(run_dir) == measured and (run_dir / PROBE_FILE).read_bytes() == taken
+    for step in (2, 3):
+        shutil.rmtree(run_dir / f"checkpoints/step-00000{step}")
+    train(make_run(student, *settings, resume=True))
+    assert coherences(run_dir) == measured
