@@ -74,7 +74,6 @@ class _Parts:
     """What has been opened, read and checked before anything is trained."""
 
     settings: TrainSettings
-    resume: bool
     stop: StopSignal
     status: RunStatus
     console: RunConsole
@@ -137,7 +136,6 @@ def _prepare(settings: TrainSettings, stop: StopSignal, ranks: Ranks, opened: Ex
         teachers, teacher_head = _meet_teachers(settings, links, loaded, prompts, console)
     return _Parts(
         settings=settings,
-        resume=resume,
         stop=stop,
         status=status,
         console=console,
@@ -170,7 +168,7 @@ def _wire(parts: _Parts, opened: ExitStack) -> TrainingRun:
     log.create(config)
     if parts.checkpoint is not None:
         restore(parts.checkpoint, optimizer, log, settings)
-    elif parts.resume and log.has_run():
+    else:
         begin_anew(log)
     # What is read of the run from here on is what rank 0 has left of it.
     parts.ranks.gather(None)

@@ -3,8 +3,8 @@
 `step-000010/` holds the student (fp32 safetensors, tokenizer, generation configuration) and `trainer/` in it the
 optimizer's state, the random number generators and a JSON record. Nothing is pickled. A checkpoint is written into a
 temporary folder, flushed to disk and renamed, so what carries its final name is whole; a write that fails leaves
-everything that was there before as it was. The record names every file with its digest: a checkpoint that a disk has
-damaged since is passed over for the one before.
+everything that was there before as it was. The record names every file with its digest and has one of its own: a
+checkpoint that a disk has damaged since is passed over for the one before.
 """
 
 import hashlib
@@ -33,6 +33,7 @@ _STATE_FILE = "trainer/state.json"
 _OPTIMIZER_FILE = "trainer/optimizer.safetensors"
 _RANDOM_FILE = "trainer/random.safetensors"
 _DIGESTS = "sha256"
+_OWN_DIGEST = "record_sha256"
 FORMAT = 1
 """Raised when a later version can no longer read what this one wrote."""
 
@@ -119,7 +120,7 @@ class CheckpointStore:
         `extra` holds tensors by name beside the student's, see `Checkpoint.extra_tensors`; `weights` are written
         instead of the model's own where those are in shards or have adapters. `write_beside` adds to the folder.
         """
-        target = self._folder / f"{_PREFIX}{state.step:06d}"
+        target = self._folder / _folder_name(state.step)
         partial = self._folder / f"{_PARTIAL}{target.name}"
         try:
             for left_over in self._folder.glob(f"{_PARTIAL}*"):
@@ -194,7 +195,17 @@ def _write(
     # The record comes last: a folder with a record is whole.
     record = {"format": FORMAT, "step": state.step, "seed": state.seed, "prompts_digest": state.prompts_digest}
     record |= {"config": state.config, _DIGESTS: _digests(partial)}
+    record |= {_OWN_DIGEST: _record_digest(record)}
     (partial / _STATE_FILE).write_text(json.dumps(record, indent=2), encoding="utf-8")
+
+
+def _folder_name(step: int) -> str:
+    return f"{_PREFIX}{step:06d}"
+
+
+def _record_digest(record: Mapping[str, Any]) -> str:
+    """SHA-256 of what a record says, whatever the order and the spaces it is written with."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -211,6 +222,11 @@ def _digest(path: Path) -> str:
 def _verified(folder: Path) -> Checkpoint:
     """The checkpoint of `folder`; `CheckpointError` naming the first file that is not as it was written."""
     state, digests = _read(folder / _STATE_FILE, _read_state)
+    if folder.name != _folder_name(state.step):
+        raise _DamagedError(
+            f"checkpoint {folder / _STATE_FILE}: is of step {state.step}, which is not the folder's; its content or "
+            "the folder's name has been changed"
+        )
     for name, written in digests.items():
         if _read(folder / name, _digest) != written:
             raise _DamagedError(f"checkpoint {folder / name}: is not what was written, the disk has damaged it")
@@ -258,6 +274,9 @@ def _flush(path: Path) -> None:
 def _read_state(path: Path) -> tuple[TrainerState, dict[str, str]]:
     """The state, and the digests of the files beside it; a record from before there were digests has none."""
     record = json.loads(path.read_text(encoding="utf-8"))
+    own_digest = record.pop(_OWN_DIGEST, None)
+    if own_digest is not None and own_digest != _record_digest(record):
+        raise _DamagedError(f"checkpoint {path}: is not what was written, the disk has damaged it")
     if record.pop("format") != FORMAT:
         raise CheckpointError(
             f"checkpoint {path}: is of another format than {FORMAT}; resume with the version it is of"

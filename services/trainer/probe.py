@@ -2,7 +2,7 @@
 
 The probe is taken from the first step that has enough for it and kept in the run folder, so that a resumed run goes on
 with the same one, unless its objective is another; its scores are the teacher's of then, the weights those after the
-step.
+step. What an attempt took beyond the checkpoint that a run goes on from is taken again with its step.
 Where an advantage is the whole signal, rollouts without one have no gradient and are not taken. A step with fewer
 rollouts than `MIN_ROLLOUTS` makes no probe, and the metric is absent; so it is once a measurement has failed, for want
 of memory or whatever else, since no diagnosis is worth a run.
@@ -13,7 +13,7 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
@@ -35,7 +35,19 @@ _log = logging.getLogger(__name__)
 PROBE_FILE = "probe.npz"
 MIN_ROLLOUTS = 8
 _OBJECTIVE = "objective"
+_STEP = "step"
 RecordT = TypeVar("RecordT")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredProbe:
+    """What lies in the run folder."""
+
+    objective: str
+    """Digest of what it was taken for."""
+    step: int
+    """At which it was taken, counted from 1."""
+    rollouts: Sequence[ScoredRollout]
 
 
 class GradientProbe:
@@ -85,13 +97,13 @@ class GradientProbe:
         coherence = gradient_coherence(losses, self._parameters)
         return {} if coherence is None else {"distill/gradient_coherence": coherence}
 
-    def _rollouts(self, record: StepRecord) -> list[ScoredRollout]:
+    def _rollouts(self, record: StepRecord) -> Sequence[ScoredRollout]:
         if self._probe is None:
             candidates = [item for item in record.scored if item.advantage or not self._only_outcomes]
             chosen = spread(candidates)[: self._num_rollouts]
             if len(chosen) < MIN_ROLLOUTS:
                 return chosen
-            write_probe(self._path, chosen, self._objective)
+            write_probe(self._path, StoredProbe(objective=self._objective, step=record.step, rollouts=chosen))
             self._probe = chosen
         return self._probe
 
@@ -107,31 +119,47 @@ def spread(scored: Sequence[ScoredRollout]) -> list[ScoredRollout]:
     return [scored[index] for index in order]
 
 
-def stored_probe(path: Path, objective: str) -> list[ScoredRollout] | None:
+def stored_probe(path: Path, objective: str) -> Sequence[ScoredRollout] | None:
     """The probe of an earlier part of the run; None, with a warning, for one that this objective cannot go on with."""
     if not path.is_file():
         return None
     try:
-        taken_for, probe = read_probe(path)
+        probe = read_probe(path)
     except CheckpointError as error:
         _log.warning("%s", error.message)
         return None
-    if taken_for != objective:
+    if probe.objective != objective:
         _log.warning("%s: was taken for another objective, so distill/gradient_coherence begins anew", path)
         return None
-    return probe
+    return probe.rollouts
+
+
+def remove_probe(path: Path, *, after: int | None = None) -> None:
+    """Removes the probe, or one of a step beyond `after` alone; `CheckpointError` when the disk refuses."""
+    if after is not None:
+        try:
+            if read_probe(path).step <= after:
+                return
+        except CheckpointError:
+            # None there, or one that is told of where it would be used.
+            return
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be removed ({error.strerror}); remove it by hand") from error
 
 
 def _digest(objective: ObjectiveConfig) -> str:
     return hashlib.sha256(objective.model_dump_json().encode()).hexdigest()
 
 
-def write_probe(path: Path, probe: Sequence[ScoredRollout], objective: str) -> None:
-    """One NumPy archive without any pickle, whole or not there; `objective` is the digest of what it is taken for."""
-    arrays = {f"{index}.{name}": value for index, item in enumerate(probe) for name, value in _flattened(item)}
+def write_probe(path: Path, probe: StoredProbe) -> None:
+    """One NumPy archive without any pickle, whole or not there."""
+    arrays = {f"{index}.{name}": value for index, item in enumerate(probe.rollouts) for name, value in _flattened(item)}
+    arrays |= {_OBJECTIVE: np.asarray(probe.objective), _STEP: np.asarray(probe.step)}
     buffer = io.BytesIO()
     # Names have a dot or are no option of the function's own.
-    np.savez(buffer, **cast(Any, arrays | {_OBJECTIVE: np.asarray(objective)}))
+    np.savez(buffer, **cast(Any, arrays))
     try:
         with whole_file(path) as partial:
             partial.write_bytes(buffer.getvalue())
@@ -139,14 +167,15 @@ def write_probe(path: Path, probe: Sequence[ScoredRollout], objective: str) -> N
         raise CheckpointError(f"{path}: cannot be written ({error.strerror}); free space there") from error
 
 
-def read_probe(path: Path) -> tuple[str, list[ScoredRollout]]:
-    """The way back of `write_probe`: the objective's digest and the rollouts."""
+def read_probe(path: Path) -> StoredProbe:
+    """The way back of `write_probe`; one of an earlier version has no step and counts as the first's."""
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
             values = dict(archive)
-        objective = str(values.pop(_OBJECTIVE))
+        objective, step = str(values.pop(_OBJECTIVE)), int(values.pop(_STEP, np.asarray(1)))
         count = len({name.partition(".")[0] for name in values})
-        return objective, [_rebuilt(ScoredRollout, f"{index}.", values) for index in range(count)]
+        rollouts = [_rebuilt(ScoredRollout, f"{index}.", values) for index in range(count)]
+        return StoredProbe(objective=objective, step=step, rollouts=rollouts)
     except (OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
         raise CheckpointError(
             f"{path}: is no probe of this version ({error}), so distill/gradient_coherence begins anew"

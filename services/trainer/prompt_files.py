@@ -24,9 +24,16 @@ class PreparedPrompts:
 
     schedule: PromptSchedule
     digest: str
-    """Hash over every prompt's ids and teacher in order: the schedule's position means nothing for other prompts."""
+    """Hash over every prompt's ids and teacher in order: the schedule's position means nothing for other prompts.
+
+    Where sources take turns, a point and a hash over every prompt's source follow.
+    """
     longest: Mapping[str, TokenizedPrompt]
     """By teacher, of the prompts that are trained on the one that is longest as the teacher sees it."""
+
+    def are_those_of(self, digest: str) -> bool:
+        """Whether `digest`, which in an earlier version's record is without the sources', is of the same prompts."""
+        return digest in (self.digest, self.digest.partition(".")[0])
 
 
 def prepare_prompts(settings: TrainSettings, tokenizer: Any) -> PreparedPrompts:
@@ -57,7 +64,10 @@ def prepare_prompts(settings: TrainSettings, tokenizer: Any) -> PreparedPrompts:
         num_epochs=data.num_epochs,
         source_weights=data.source_weights,
     )
-    return PreparedPrompts(schedule=schedule, digest=_digest(prompts), longest=_longest(prompts, data))
+    digest = _digest(prompts)
+    if data.source_weights is not None:
+        digest += f".{_sources_digest(prompts)}"
+    return PreparedPrompts(schedule=schedule, digest=digest, longest=_longest(prompts, data))
 
 
 def _longest(prompts: Sequence[TokenizedPrompt], data: DataSettings) -> dict[str, TokenizedPrompt]:
@@ -95,3 +105,8 @@ def _digest(prompts: Sequence[TokenizedPrompt]) -> str:
             digest.update(token_ids.tobytes())
         digest.update(prompt.teacher.encode() + b"\0")
     return digest.hexdigest()[:32]
+
+
+def _sources_digest(prompts: Sequence[TokenizedPrompt]) -> str:
+    sources = "\0".join(prompt.problem.source for prompt in prompts)
+    return hashlib.sha256(sources.encode()).hexdigest()[:32]

@@ -3,13 +3,14 @@
 `config.json` is the resolved configuration, `metrics.jsonl` one object per optimizer step with `area/name` keys,
 `events.jsonl` what happened besides (start, warnings, checkpoints, end), `train_summary.json` the run in one object. A
 number that does not exist is an absent key. Lines are flushed as they are written; after a resume, the records of steps
-that will be taken again are dropped first.
+that will be taken again are dropped first, while events stay: what a resume went back behind is no longer so.
 """
 
 import json
 import math
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class RunLog:
         except OSError as error:
             raise _refused(self.run_dir, error) from error
         self._replace(CONFIG_FILE, config)
+        self._cut_torn_event()
 
     def has_run(self) -> bool:
         """Whether an earlier run has written steps here."""
@@ -72,10 +74,24 @@ class RunLog:
         """The records so far; a last line cut off by a crash is no record."""
         return read_steps(self.run_dir)
 
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """Results by the step they were found after, the last of each step, without what a resume went back behind."""
+        events = lasting_events(_whole_lines(self.run_dir / EVENTS_FILE))
+        return {int(event["step"]): dict(event["results"]) for event in events if event.get("event") == "evaluation"}
+
     def drop_after(self, step: int) -> None:
         """Forgets the records of steps beyond `step`, which a resumed run takes again."""
         kept = [record for record in self.steps() if record["step"] <= step]
         self._write_atomically(METRICS_FILE, "".join(f"{json.dumps(record)}\n" for record in kept))
+
+    def _cut_torn_event(self) -> None:
+        """Takes away the beginning of a line that a crash cut off: the next event would become part of it."""
+        path = self.run_dir / EVENTS_FILE
+        try:
+            if path.is_file() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+                os.truncate(path, content.rfind(b"\n") + 1)
+        except OSError as error:
+            raise _refused(path, error) from error
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         try:
@@ -104,17 +120,28 @@ def _step_record(step: int, metrics: Mapping[str, float], arrays: Mapping[str, S
 
 def read_steps(run_dir: Path) -> list[dict[str, Any]]:
     """Every whole record of `metrics.jsonl`; none when there is no such file."""
-    path = run_dir / METRICS_FILE
+    return list(_whole_lines(run_dir / METRICS_FILE))
+
+
+def lasting_events(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those of a run without what lies beyond the step that a later resume went back to."""
+    lasting: list[Mapping[str, Any]] = []
+    for event in events:
+        if event.get("event") == "resume":
+            lasting = [earlier for earlier in lasting if earlier.get("step", 0) <= event["step"]]
+        lasting.append(event)
+    return lasting
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
-        return []
-    records = []
+        return
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            records.append(json.loads(line))
+            yield json.loads(line)
         except json.JSONDecodeError:
-            # The process died while it wrote this line; the step is not in any checkpoint either.
-            break
-    return records
+            # A process died while it wrote this line; its step is not in any checkpoint either.
+            continue
 
 
 def first_and_last(records: Sequence[Mapping[str, Any]], name: str) -> tuple[float | None, float | None]:

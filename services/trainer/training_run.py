@@ -2,7 +2,8 @@
 
 Order after a step: metrics line, status, other loggers, alarms, checkpoint, evaluation. A run that is stopped, or fails
 for whatever reason that has nothing to do with its weights, saves the last completed step first, so that `--resume`
-loses nothing but the step under way.
+loses nothing but the step under way: it begins with the evaluation of the step it goes on from, where that is due and
+was never taken.
 """
 
 import logging
@@ -67,7 +68,7 @@ class TrainingRun:
         self._saved_step = loop.step
         self._begun = time.monotonic()
         self._teachers: dict[str, str] = {}
-        self._evaluations: list[dict[str, float]] = []
+        self._evaluations = log.evaluations() if self._first_step else {}
 
     def train(self) -> None:
         """Every step that is left, then the final checkpoint, evaluation and summary."""
@@ -96,16 +97,13 @@ class TrainingRun:
         self._resources.close()
 
     def _train(self) -> None:
-        evaluation = self._settings.evaluation
-        if evaluation.before and self._first_step == 0:
-            self._evaluate()
+        self._evaluate_where_due()
         self._note("start", step=self._first_step, num_steps=self._num_steps)
         self._status.begin(self._first_step, self._num_steps)
         self._console.begin(self._first_step, self._num_steps)
         self._loop.run(self._after_step)
         self._save()
-        if evaluation.after:
-            self._evaluate()
+        self._evaluate_where_due()
 
     def _after_step(self, record: StepRecord) -> None:
         teachers = {name: fixed_part(fingerprint) for name, fingerprint in record.fingerprints.items()}
@@ -124,9 +122,9 @@ class TrainingRun:
         every = self._settings.checkpoint.every_steps
         if every and record.step % every == 0:
             self._save()
-        every = self._settings.evaluation.every_steps
-        if every and record.step % every == 0 and record.step < self._num_steps:
-            self._evaluate()
+        # The last step is saved first.
+        if record.step < self._num_steps:
+            self._evaluate_where_due()
 
     def _judge(self, written: Mapping[str, Any]) -> StoppedByAlarm | None:
         try:
@@ -150,16 +148,26 @@ class TrainingRun:
         self._saved_step = step
         self._note("checkpoint", step=step, folder=folder.name)
 
-    def _evaluate(self) -> None:
-        if self._evaluate_step is None:
+    def _is_evaluation_due(self, step: int) -> bool:
+        evaluation = self._settings.evaluation
+        if step == 0:
+            return evaluation.before
+        if step >= self._num_steps:
+            return evaluation.after
+        return evaluation.every_steps > 0 and step % evaluation.every_steps == 0
+
+    def _evaluate_where_due(self) -> None:
+        """Evaluates the last completed step, once."""
+        step = self._loop.step
+        if self._evaluate_step is None or step in self._evaluations or not self._is_evaluation_due(step):
             return
         self._status.enter("evaluating")
-        results = self._evaluate_step(self._loop.step)
-        self._note("evaluation", step=self._loop.step, results=results)
-        self._loggers.log_values(self._loop.step, {f"evaluation/{name}": value for name, value in results.items()})
-        self._evaluations.append({"step": self._loop.step} | results)
+        results = self._evaluate_step(step)
+        self._note("evaluation", step=step, results=results)
+        self._loggers.log_values(step, {f"evaluation/{name}": value for name, value in results.items()})
+        self._evaluations[step] = results
         found = "  ".join(f"{name} {value:.4f}" for name, value in results.items())
-        self._console.say(f"evaluation after step {self._loop.step}: {found}")
+        self._console.say(f"evaluation after step {step}: {found}")
         self._status.enter("training")
 
     def _end(self, state: str, *, saves: bool = True) -> None:
@@ -183,14 +191,14 @@ class TrainingRun:
             _log.error("the failed run could not be put in order: %s", another)
 
     def summary(self, state: str) -> dict[str, Any]:
-        """The run in one object; counts and metrics cover the steps before a resume too, seconds this process alone."""
+        """The run in one object, with what was before a resume; seconds are of this process alone."""
         records = self._log.steps()
         summary: dict[str, Any] = {"state": state, "steps": self._loop.step, "seed": self._settings.seed}
         if self._settings.objective.uses_teacher:
             summary |= self._sent(records)
         for name, metric in (("reverse_kl", "loss/reverse_kl"), ("overlap", "distill/overlap_ratio")):
             summary[f"{name}_first"], summary[f"{name}_last"] = first_and_last(records, metric)
-        summary["evaluations"] = self._evaluations
+        summary["evaluations"] = [{"step": step} | self._evaluations[step] for step in sorted(self._evaluations)]
         summary["wall_seconds"] = time.monotonic() - self._begun
         return summary
 

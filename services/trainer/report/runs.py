@@ -7,15 +7,14 @@ they had never been. A last line without its end is a step that was never finish
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from opd.errors import ConfigError
+from services.trainer.run_log import EVENTS_FILE, METRICS_FILE, lasting_events
 
-METRICS_FILE = "metrics.jsonl"
-EVENTS_FILE = "events.jsonl"
 SUMMARY_FILES = ("train_summary.json", "summary.json")
 
 Record: TypeAlias = dict[str, Any]
@@ -89,7 +88,8 @@ def read_runs(run_dirs: Sequence[Path]) -> list[Run]:
     for folder, name in zip(run_dirs, names, strict=True):
         if names.count(name) > 1:
             name = f"{folder.resolve().parent.name}/{name}"
-        events = _lasting_events(folder / EVENTS_FILE)
+        path = folder / EVENTS_FILE
+        events = lasting_events(event for event, _ in (_lines(path) if path.is_file() else ()))
         run = Run(
             name=name,
             records=_read_records(folder / METRICS_FILE),
@@ -109,17 +109,7 @@ def _lines(path: Path) -> Iterator[tuple[Record, str]]:
             yield _parsed(line, f"{path}:{number}"), f"{path}:{number}"
 
 
-def _lasting_events(path: Path) -> list[Record]:
-    """Events without those beyond the step that a later resume went back to; none where there is no such file."""
-    lasting: list[Record] = []
-    for event, _ in _lines(path) if path.is_file() else ():
-        if event.get("event") == "resume":
-            lasting = [earlier for earlier in lasting if earlier.get("step", 0) <= event["step"]]
-        lasting.append(event)
-    return lasting
-
-
-def _alarms(events: Sequence[Record], *, first_number: int) -> list[RunAlarm]:
+def _alarms(events: Sequence[Mapping[str, Any]], *, first_number: int) -> list[RunAlarm]:
     raised = [event for event in events if event.get("event") == "alarm"]
     texts = ("name", "evidence", "remedy", "section")
     return [
@@ -128,7 +118,7 @@ def _alarms(events: Sequence[Record], *, first_number: int) -> list[RunAlarm]:
     ]
 
 
-def _evaluations(events: Sequence[Record]) -> dict[str, Series]:
+def _evaluations(events: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
     by_name: dict[str, dict[int, float]] = {}
     for event in events:
         if event.get("event") == "evaluation":

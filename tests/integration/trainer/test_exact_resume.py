@@ -11,6 +11,7 @@ import pytest
 from redis import Redis
 
 from opd.queue.embedded import EmbeddedRedis
+from services.trainer.probe import PROBE_FILE
 from services.trainer.run_log import read_steps
 from tests.integration.trainer.test_training_processes import (
     PATIENCE_S,
@@ -56,13 +57,14 @@ def whole(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))
 
 
-def test_killed_four_times_and_the_numbers_are_those_of_the_run_that_never_was(
+def test_killed_five_times_and_the_numbers_are_those_of_the_run_that_never_was(
     redis: EmbeddedRedis, processes: Processes, tmp_path: Path
 ) -> None:
-    """While it samples and trains, and while it writes a checkpoint."""
+    """While it measures its first probe, while it samples and trains, and while it writes a checkpoint."""
     processes.teacher(redis.url)
     run_dir, other = tmp_path / "run", tmp_path / "whole"
     moments: list[Callable[[], bool]] = [
+        lambda: (run_dir / PROBE_FILE).exists(),
         lambda: num_steps(run_dir) >= 1,
         lambda: is_writing(run_dir),
         lambda: num_steps(run_dir) >= 5,

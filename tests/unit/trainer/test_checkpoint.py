@@ -172,10 +172,52 @@ def test_a_record_from_before_there_were_digests_is_read(tmp_path: Path) -> None
     store = CheckpointStore(tmp_path, keep_last=1)
     path = save(store, 3) / "trainer/state.json"
     record = json.loads(path.read_text(encoding="utf-8"))
+    del record["record_sha256"]
     assert set(record.pop("sha256")) > {"model.safetensors", "trainer/optimizer.safetensors", "tokenizer.json"}
     path.write_text(json.dumps(record), encoding="utf-8")
     found = store.latest()
     assert found is not None and found.state.step == 3
+
+
+def test_a_bit_of_the_record_is_as_good_as_one_of_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whichever it is: the record can then not be read, or not be believed, or says what it did."""
+    store = CheckpointStore(tmp_path, keep_last=2)
+    save(store, 9)
+    path = save(store, 10) / "trainer/state.json"
+    written = path.read_bytes()
+    step_at = written.index(b'"step": 10') + len('"step": 1')
+    for place in [step_at, *range(0, len(written), 7)]:
+        spoilt = bytearray(written)
+        spoilt[place] ^= 1
+        path.write_bytes(spoilt)
+        caplog.clear()
+        found = store.latest()
+        assert found is not None and found.state == state(found.state.step)
+        assert found.state.step == (9 if caplog.records else 10), spoilt[max(0, place - 20) : place + 20]
+        if place == step_at:
+            assert "state.json: is not what was written, the disk has damaged it; it is passed over" in caplog.text
+
+
+@pytest.mark.parametrize("has_digests", [True, False], ids=["with digests", "without"])
+def test_a_record_of_another_step_than_its_folders_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, has_digests: bool
+) -> None:
+    store = CheckpointStore(tmp_path, keep_last=2)
+    save(store, 1)
+    path = save(store, 2) / "trainer/state.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    del record["record_sha256"]
+    if not has_digests:
+        del record["sha256"]
+    path.write_text(json.dumps(record | {"step": 3}), encoding="utf-8")
+    found = store.latest()
+    assert found is not None and found.state.step == 1
+    assert "step-000002/trainer/state.json: is of step 3, which is not the folder's" in caplog.text
+    # Whole and untouched, under another name.
+    (tmp_path / "step-000001").rename(tmp_path / "step-000004")
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"step-000004/trainer/state\.json: is of step 1"):
+        store.latest()
 
 
 def test_what_a_killed_write_has_left_is_cleared_away(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from opd.errors import CheckpointError, InternalError
 from services.trainer.batch import ScoredRollout, build_batch
 from services.trainer.loop import StepRecord
 from services.trainer.objectives.config import ObjectiveConfig
-from services.trainer.probe import PROBE_FILE, GradientProbe, read_probe, spread, write_probe
+from services.trainer.probe import PROBE_FILE, GradientProbe, StoredProbe, read_probe, remove_probe, spread, write_probe
 from tests.unit.trainer.test_batch import scored
 from tests.unit.trainer.tiny_training import Setup
 
@@ -118,15 +118,49 @@ def test_every_prompt_has_one_rollout_before_any_has_two() -> None:
 
 def test_a_probe_comes_back_from_disk_as_it_was(trained: tuple[Setup, list[StepRecord]], tmp_path: Path) -> None:
     items = [*trained[1][0].scored, in_group("none", 3)]
-    write_probe(tmp_path / PROBE_FILE, items, "ab12")
-    objective, probe = read_probe(tmp_path / PROBE_FILE)
-    assert objective == "ab12"
-    for item, again in zip(items, probe, strict=True):
+    write_probe(tmp_path / PROBE_FILE, StoredProbe(objective="ab12", step=3, rollouts=items))
+    probe = read_probe(tmp_path / PROBE_FILE)
+    assert (probe.objective, probe.step) == ("ab12", 3)
+    for item, again in zip(items, probe.rollouts, strict=True):
         for part in ("rollout", "scores"):
             for field in dataclasses.fields(getattr(item, part)):
                 value, found = (getattr(getattr(x, part), field.name) for x in (item, again))
                 assert type(value) is type(found), field.name
                 np.testing.assert_array_equal(value, found)
+
+
+def test_only_a_probe_of_a_later_step_is_removed_after_a_step(
+    trained: tuple[Setup, list[StepRecord]], tmp_path: Path
+) -> None:
+    path = tmp_path / PROBE_FILE
+    remove_probe(path, after=0)
+    make_probe(trained[0], tmp_path).measure(trained[1][2])
+    assert read_probe(path).step == 3
+    remove_probe(path, after=3)
+    assert path.exists()
+    remove_probe(path, after=2)
+    assert not path.exists()
+    path.write_bytes(b"broken")
+    remove_probe(path, after=2)
+    assert path.exists(), "whoever is to use it says so"
+    remove_probe(path)
+    assert not path.exists()
+    path.mkdir()
+    with pytest.raises(CheckpointError, match=r"probe\.npz: cannot be removed \(Is a directory\); remove it by hand"):
+        remove_probe(path)
+
+
+def test_a_probe_of_an_earlier_version_counts_as_the_first_steps(
+    trained: tuple[Setup, list[StepRecord]], tmp_path: Path
+) -> None:
+    path = tmp_path / PROBE_FILE
+    make_probe(trained[0], tmp_path).measure(trained[1][2])
+    with np.load(path) as archive:
+        arrays = {name: value for name, value in archive.items() if name != "step"}
+    np.savez(path, **arrays)
+    assert read_probe(path).step == 1
+    remove_probe(path, after=1)
+    assert len(read_probe(path).rollouts) == 8
 
 
 def test_a_broken_probe_is_one_line(tmp_path: Path) -> None:
@@ -182,7 +216,7 @@ def test_where_only_outcomes_teach_the_probe_is_of_rollouts_that_have_one(tmp_pa
     probe = make_probe(grpo, tmp_path)
     assert probe.measure(with_a_signal({1})) == {} and not (tmp_path / PROBE_FILE).exists()
     assert probe.measure(with_a_signal(set(range(1, 5))))[KEY] > 0
-    _, chosen = read_probe(tmp_path / PROBE_FILE)
+    chosen = read_probe(tmp_path / PROBE_FILE).rollouts
     assert len(chosen) == 8 and all(item.advantage for item in chosen)
 
 

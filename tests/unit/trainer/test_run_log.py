@@ -58,6 +58,29 @@ def test_events_and_summary(log: RunLog) -> None:
     assert json.loads((log.run_dir / "train_summary.json").read_text()) == {"steps": 4}
 
 
+def test_an_evaluation_counts_once_and_not_beyond_what_a_resume_went_back_to(log: RunLog) -> None:
+    assert log.evaluations() == {}
+    for step in (0, 2, 4, 6):
+        log.write_event("evaluation", step=step, results={"accuracy/sums": step / 10})
+    log.write_event("resume", step=4, changed=[])
+    log.write_event("evaluation", step=4, results={"accuracy/sums": 0.5})
+    log.write_event("end", state="stopped", step=5)
+    assert log.evaluations() == {0: {"accuracy/sums": 0}, 2: {"accuracy/sums": 0.2}, 4: {"accuracy/sums": 0.5}}
+
+
+def test_an_event_cut_off_by_a_crash_does_not_spoil_the_next(log: RunLog) -> None:
+    for torn in ('{"time": 1, "event": "eval', '{"time": 1, "event": "checkpoint", "step": 2}'):
+        log.write_event("evaluation", step=2, results={"accuracy/sums": 0.5})
+        with (log.run_dir / "events.jsonl").open("a") as stream:
+            stream.write(torn)
+        again = RunLog(log.run_dir)
+        again.create({})
+        again.write_event("resume", step=2, changed=[])
+        lines = (log.run_dir / "events.jsonl").read_text().splitlines()
+        assert [json.loads(line)["event"] for line in lines][-2:] == ["evaluation", "resume"]
+    assert again.evaluations() == {2: {"accuracy/sums": 0.5}}
+
+
 def test_first_and_last_are_means_of_three() -> None:
     records = [{"x": float(value)} for value in (9, 6, 3, 100, 1, 2, 3)] + [{}]
     assert first_and_last(records, "x") == (6.0, 2.0)
