@@ -36,7 +36,7 @@ class Channel:
         self._lock = threading.Lock()
 
     def send(self, message: Message) -> None:
-        """Raises OSError when the other side is gone."""
+        """Raises OSError when the other side is gone, and BlockingIOError where the socket has a limit on sending."""
         arrays = [np.ascontiguousarray(array) for array in message.arrays]
         header = {
             "kind": message.kind,
