@@ -22,6 +22,7 @@ from services.trainer.distributed.ranks import Ranks
 from services.trainer.http_api import RunStatus
 from services.trainer.loggers.contract import Loggers
 from services.trainer.loop import StepRecord, TrainingLoop
+from services.trainer.memory import FOR_EVALUATION, FOR_STEP, memory_errors
 from services.trainer.run_log import RunLog, first_and_last
 from services.trainer.step_metrics import StepMetrics
 from services.trainer.stop import StopRequested
@@ -72,7 +73,7 @@ class TrainingRun:
     def train(self) -> None:
         """Every step that is left, then the final checkpoint, evaluation and summary."""
         try:
-            with self._console:
+            with self._console, memory_errors(FOR_STEP):
                 self._train()
         except StopRequested as request:
             self._console.say(f"stopped by {request.signal_name} after step {self._loop.step}; go on with --resume")
@@ -154,7 +155,8 @@ class TrainingRun:
         if self._evaluate_step is None:
             return
         self._status.enter("evaluating")
-        results = self._evaluate_step(self._loop.step)
+        with memory_errors(FOR_EVALUATION):
+            results = self._evaluate_step(self._loop.step)
         self._note("evaluation", step=self._loop.step, results=results)
         self._loggers.log_values(self._loop.step, {f"evaluation/{name}": value for name, value in results.items()})
         self._evaluations.append({"step": self._loop.step} | results)

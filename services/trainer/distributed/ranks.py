@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
-import torch
-
 from opd.errors import ConfigError, InternalError, OpdError, RankLostError, first_line, from_code
+from services.trainer.memory import is_out_of_memory
 from services.trainer.stop import StopRequested
 
 
@@ -103,7 +102,7 @@ def _told(failure: Exception | StopRequested | None) -> dict[str, Any] | None:
 def _known(failure: Exception) -> OpdError:
     if isinstance(failure, OpdError):
         return failure
-    if isinstance(failure, torch.OutOfMemoryError):
+    if is_out_of_memory(failure):
         return ConfigError(f"out of memory ({first_line(failure)}); its own last line names the settings to lower")
     return InternalError(f"{type(failure).__name__}: {first_line(failure)}")
 
