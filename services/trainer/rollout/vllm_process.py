@@ -148,9 +148,9 @@ class VllmProcess:
     def _stop(self, call: int, *, also_close: bool = False) -> None:
         try:
             self._limit_sending(_CLOSE_S)
-            self._channel.send(Message(kind="stop", call=call))
+            self._channel.send(Message(kind="stop", call=call), turn_s=_CLOSE_S)
             if also_close:
-                self._channel.send(Message(kind="close", call=0))
+                self._channel.send(Message(kind="close", call=0), turn_s=_CLOSE_S)
         except BlockingIOError:
             self._kill()
         except OSError:

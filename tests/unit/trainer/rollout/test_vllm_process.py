@@ -114,6 +114,28 @@ def test_closing_does_not_wait_for_an_engine_that_reads_nothing(tmp_path: Path) 
     assert "rollout-engine" not in [thread.name for thread in threading.enumerate()]
 
 
+def test_closing_ends_another_threads_call_that_is_not_sent_yet(tmp_path: Path) -> None:
+    process = stopped(tmp_path, 600.0)
+    raised: list[BaseException | None] = []
+
+    def call() -> None:
+        raised.append(within(30, lambda: list(process.converse("sample", {}, [MORE_THAN_A_SOCKET_HOLDS]))))
+
+    caller = threading.Thread(target=call)
+    try:
+        caller.start()
+        deadline = time.monotonic() + 10
+        while not process._channel._lock.locked():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert within(20, process.close) is None
+    finally:
+        process._process.kill()
+        caller.join()
+    assert isinstance(raised[0], RolloutEngineError)
+    assert "rollout-engine" not in [thread.name for thread in threading.enumerate()]
+
+
 def test_a_call_interrupted_while_it_is_sent_leaves_no_engine_with_half_a_message(tmp_path: Path) -> None:
     process = stopped(tmp_path, 600.0)
 
