@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from opd.errors import UnsupportedError
+from services.trainer.memory import is_out_of_memory
 from services.trainer.packed_attention import expected_windows, inside_documents, why_not_packable
 from services.trainer.packing import Group, PackedTokens
 
@@ -90,9 +91,9 @@ class DocumentForward:
             with torch.no_grad():
                 found_NH, windows = self._packed(tokens)
                 expected_NH = torch.cat([self._run(input_ids=part[None])[0] for part in ids.split(_PROBE_LENGTHS)])
-        except torch.OutOfMemoryError:
-            raise
         except (UnsupportedError, TypeError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             return str(error).partition("\n")[0]
         finally:
             self._model.train(was_training)

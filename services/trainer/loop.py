@@ -11,20 +11,19 @@ in; the weights change once per step, after everything that could refuse the ste
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
-from opd.errors import ConfigError, InternalError, NonFiniteError, OpdError
+from opd.errors import InternalError, NonFiniteError, OpdError
 from opd.types import Rollout, rollout_id
 from services.trainer.batch import ScoredRollout
 from services.trainer.diagnostics.means import Mean
 from services.trainer.distributed.step_scope import LocalStep, StepScope
 from services.trainer.horizon import Horizon
 from services.trainer.loss import DistillLoss
+from services.trainer.memory import FOR_STEP, memory_errors
 from services.trainer.objectives.config import Aggregation
 from services.trainer.pipeline import PipelineMode
 from services.trainer.rollout.base import RolloutEngine, RolloutRequest, SamplingParams, derive_seed
@@ -140,7 +139,7 @@ class TrainingLoop:
     def run_step(self) -> StepRecord:
         """One step. An error says which it was; the weights are then those of the last one, unless it `is_updating`."""
         clock = StepClock()
-        try:
+        with self._of_step():
             with self._scope.sampling(self._interruptible):
                 gradient = self._new_gradient()
                 self._sample_ahead(gradient, clock)
@@ -150,10 +149,6 @@ class TrainingLoop:
                 losses = gradient.finish() | self._scope.means(current.outcomes())
             with clock.part("optimizer"):
                 grad_norm = self._clip()
-        except OpdError as error:
-            raise _at_step(self.step + 1, error) from error
-        except torch.OutOfMemoryError as error:
-            raise _at_step(self.step + 1, _out_of_memory(error)) from error
         with clock.part("optimizer"):
             lr = self._update()
         self._completed += self._ahead.popleft().counts
@@ -174,6 +169,15 @@ class TrainingLoop:
             timings_s=clock.timings_s(),
             unpublished=unpublished,
         )
+
+    @contextmanager
+    def _of_step(self) -> Iterator[None]:
+        """Errors say which step it was."""
+        try:
+            with memory_errors(FOR_STEP):
+                yield
+        except OpdError as error:
+            raise _at_step(self.step + 1, error) from error
 
     def _sample_ahead(self, gradient: StepGradient, clock: StepClock) -> None:
         """Samples this step and, with a lag, those after it that may still come from the weights as they are."""
@@ -294,10 +298,8 @@ class TrainingLoop:
     def _update(self) -> float:
         """Changes the weights, which are of no step until it is done; returns the learning rate."""
         self.is_updating = True
-        try:
+        with self._of_step():
             lr = self._optimizer.step(self.step)
-        except torch.OutOfMemoryError as error:
-            raise _at_step(self.step + 1, _out_of_memory(error)) from error
         self.step += 1
         self.is_updating = False
         return lr
@@ -306,14 +308,6 @@ class TrainingLoop:
 def _index(rollout: Rollout) -> int:
     """Its place among the rollouts of its step."""
     return int(rollout.rollout_id.rpartition(".")[2])
-
-
-def _out_of_memory(error: torch.OutOfMemoryError) -> ConfigError:
-    reason = str(error).strip().splitlines()[0]
-    return ConfigError(
-        f"the device is out of memory ({reason}); lower student.max_micro_batch_tokens or student.row_chunk, or while "
-        "sampling rollout.max_slots, and use --resume"
-    )
 
 
 def _at_step(step: int, error: OpdError) -> OpdError:

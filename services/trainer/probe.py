@@ -20,7 +20,6 @@ from typing import Any, TypeVar, cast, get_type_hints
 from zipfile import BadZipFile
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from opd.files import whole_file
 from services.trainer.batch import ScoredRollout
 from services.trainer.diagnostics.coherence import gradient_coherence
 from services.trainer.loop import StepRecord
+from services.trainer.memory import is_out_of_memory
 from services.trainer.objectives.config import ObjectiveConfig
 
 _log = logging.getLogger(__name__)
@@ -80,13 +80,15 @@ class GradientProbe:
             return {}
         try:
             return self._measure(self._rollouts(record))
-        except torch.OutOfMemoryError:
+        except OpdError as error:
+            _log.warning("distill/gradient_coherence is not measured from here on: %s", error.message)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             _log.warning(
                 "no memory for two more copies of the gradient: distill/gradient_coherence is not measured from here "
                 "on; metrics.coherence_every_steps=0 does not try"
             )
-        except OpdError as error:
-            _log.warning("distill/gradient_coherence is not measured from here on: %s", error.message)
         self._every_steps = 0
         return {}
 

@@ -68,9 +68,11 @@ def _run(settings: TrainSettings, stop: StopSignal, *, resume: bool) -> int:
         ) as ranks:
             Share(num_ranks=ranks.num_ranks).check(settings.rollout.prompts_per_step)
             from services.trainer.assembly import assemble
+            from services.trainer.memory import FOR_START, memory_errors
 
             try:
-                run = assemble(settings, stop, ranks, resume=resume)
+                with memory_errors(FOR_START):
+                    run = assemble(settings, stop, ranks, resume=resume)
                 begun = True
                 # Closed before an error is told, so that the last line is the reason.
                 with closing(run):

@@ -30,6 +30,7 @@ from opd.ops import (
 from services.trainer.batch import DistillBatch
 from services.trainer.config import OptimSettings
 from services.trainer.distributed.sharding import ShardedDecoder, is_sharded, like, release, whole
+from services.trainer.dropout import switch_dropout_off
 from services.trainer.forward import DocumentForward
 from services.trainer.packed_attention import recompute_contexts
 from services.trainer.packing import PackedTokens
@@ -58,7 +59,7 @@ class Student:
         self.temperature = temperature
         self.row_chunk = row_chunk
         self._gradient_checkpointing = gradient_checkpointing
-        _switch_dropout_off(model)
+        switch_dropout_off(model)
         if gradient_checkpointing:
             options = {"use_reentrant": False, "context_fn": recompute_contexts}
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
@@ -232,16 +233,6 @@ def output_head(model: Any) -> OutputHead:
         logit_scale=scale,
         soft_cap=getattr(config, "final_logit_softcapping", None),
     )
-
-
-def _switch_dropout_off(model: Any) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        # Attention layers keep the rate as a number and hand it to the attention function.
-        for name in ("attention_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
 
 
 class StudentOptimizer:

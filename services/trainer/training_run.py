@@ -23,6 +23,7 @@ from services.trainer.distributed.ranks import Ranks
 from services.trainer.http_api import RunStatus
 from services.trainer.loggers.contract import Loggers
 from services.trainer.loop import StepRecord, TrainingLoop
+from services.trainer.memory import FOR_EVALUATION, FOR_STEP, memory_errors
 from services.trainer.run_log import RunLog, first_and_last
 from services.trainer.step_metrics import StepMetrics
 from services.trainer.stop import StopRequested
@@ -73,7 +74,7 @@ class TrainingRun:
     def train(self) -> None:
         """Every step that is left, then the final checkpoint, evaluation and summary."""
         try:
-            with self._console:
+            with self._console, memory_errors(FOR_STEP):
                 self._train()
         except StopRequested as request:
             self._console.say(f"stopped by {request.signal_name} after step {self._loop.step}; go on with --resume")
@@ -162,7 +163,8 @@ class TrainingRun:
         if self._evaluate_step is None or step in self._evaluations or not self._is_evaluation_due(step):
             return
         self._status.enter("evaluating")
-        results = self._evaluate_step(step)
+        with memory_errors(FOR_EVALUATION):
+            results = self._evaluate_step(step)
         self._note("evaluation", step=step, results=results)
         self._loggers.log_values(step, {f"evaluation/{name}": value for name, value in results.items()})
         self._evaluations[step] = results

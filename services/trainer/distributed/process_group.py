@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from opd.errors import ConfigError, OpdError, RankLostError, first_line
 from services.trainer.distributed.ranks import Alone, Ranks
 from services.trainer.distributed.watch import RankWatch, store_connection
+from services.trainer.memory import is_out_of_memory
 
 _EXPLAIN_S = 3.0
 _DEVICES = ("auto", "cpu", "cuda")
@@ -99,7 +100,7 @@ class TorchRanks:
             yield
         except Exception as error:
             self._has_left = True
-            if isinstance(error, RuntimeError) and not isinstance(error, OpdError | torch.OutOfMemoryError):
+            if isinstance(error, RuntimeError) and not (isinstance(error, OpdError) or is_out_of_memory(error)):
                 self._explain(error)
             raise
 

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
-import torch
-
 from opd.errors import ConfigError, InternalError, OpdError, RankLostError, first_line, from_code
+from services.trainer.memory import is_out_of_memory
 from services.trainer.stop import StopRequested
 
 
@@ -104,7 +103,7 @@ def known_error(failure: Exception) -> OpdError:
     """The failure, or what other ranks hear of one that is none of ours."""
     if isinstance(failure, OpdError):
         return failure
-    if isinstance(failure, torch.OutOfMemoryError):
+    if is_out_of_memory(failure):
         return ConfigError(f"out of memory ({first_line(failure)}); its own last line names the settings to lower")
     return InternalError(f"{type(failure).__name__}: {first_line(failure)}")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opd.ops.running_sums import running_sums
 from services.trainer.objectives.contract import LossInputs, Needs, PositionLosses, Term
 from services.trainer.objectives.sampled_token import sampled_logprobs, unit_ratio
 
@@ -62,7 +63,7 @@ def later_sums(values_T: Tensor, rollout_index_T: Tensor, position_T: Tensor) ->
     order_T = torch.argsort(rollout_index_T * (position_T.max() + 1) + position_T)
     sorted_T = values_T[order_T].double()
     totals_B = torch.zeros(int(rollout_index_T.max()) + 1, dtype=torch.float64, device=values_T.device)
-    ends_B = totals_B.index_add(0, rollout_index_T[order_T], sorted_T).cumsum(0)
+    ends_B = running_sums(totals_B.index_add(0, rollout_index_T[order_T], sorted_T))
     later_T = torch.empty_like(sorted_T)
-    later_T[order_T] = ends_B[rollout_index_T[order_T]] - sorted_T.cumsum(0)
+    later_T[order_T] = ends_B[rollout_index_T[order_T]] - running_sums(sorted_T)
     return later_T.to(values_T.dtype)

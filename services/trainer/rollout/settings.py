@@ -54,7 +54,7 @@ class VllmRolloutSettings(Settings):
     weights_folder: Path | None = None
     """Where `files` writes them, one version at a time; unset is /dev/shm, or the folder for temporary files."""
     patience_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
-    """How long the engine may say nothing, while it starts, loads or samples, before the run ends."""
+    """How long the engine may say or read nothing, while it starts, loads or samples, before the run ends."""
 
 
 def check_engine(settings: "TrainSettings") -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from opd.ops.running_sums import running_sums
 from services.trainer.rollout.base import SamplingParams
 
 
@@ -32,7 +33,7 @@ def choose_tokens(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, sampling: S
         return Choice(token_ids_B=token_ids_B, kept_log_mass_B=kept_log_mass_B)
     probabilities_BV = torch.softmax(logits_BV / sampling.temperature, dim=-1)
     if sampling.top_p == 1 and sampling.top_k == -1:
-        token_ids_B = _invert(probabilities_BV.cumsum(dim=-1, dtype=torch.float64), uniforms_B)
+        token_ids_B = _invert(running_sums(probabilities_BV), uniforms_B)
         return Choice(token_ids_B=token_ids_B, kept_log_mass_B=torch.zeros_like(logits_BV[:, 0]))
     return _choose_from_top(probabilities_BV, uniforms_B, sampling)
 
@@ -41,7 +42,7 @@ def _choose_from_top(probabilities_BV: torch.Tensor, uniforms_B: torch.Tensor, s
     ordered_BV, ids_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k != -1:
         ordered_BV, ids_BV = ordered_BV[:, : sampling.top_k], ids_BV[:, : sampling.top_k]
-    cumulative_BV = ordered_BV.cumsum(dim=-1, dtype=torch.float64)
+    cumulative_BV = running_sums(ordered_BV)
     if sampling.top_p < 1:
         threshold_B1 = cumulative_BV[:, -1:] * sampling.top_p
         mass_before_BV = cumulative_BV - ordered_BV

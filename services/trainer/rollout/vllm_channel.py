@@ -35,8 +35,12 @@ class Channel:
         self._connection = connection
         self._lock = threading.Lock()
 
-    def send(self, message: Message) -> None:
-        """Raises OSError when the other side is gone."""
+    def send(self, message: Message, *, turn_s: float = -1) -> None:
+        """Raises OSError when the other side is gone.
+
+        `BlockingIOError` where the socket has a limit on sending, or another thread's message takes longer than
+        `turn_s`; -1 waits for it.
+        """
         arrays = [np.ascontiguousarray(array) for array in message.arrays]
         header = {
             "kind": message.kind,
@@ -44,11 +48,15 @@ class Channel:
             "fields": dict(message.fields),
             "arrays": [[array.dtype.str, list(array.shape)] for array in arrays],
         }
-        with self._lock:
+        if not self._lock.acquire(timeout=turn_s):
+            raise BlockingIOError("another message is still being sent")
+        try:
             self._connection.send_bytes(json.dumps(header).encode())
             for array in arrays:
                 # A memoryview cast to bytes refuses shapes with a zero.
                 self._connection.send_bytes(array.tobytes())
+        finally:
+            self._lock.release()
 
     def receive(self) -> Message:
         """Waits for a message; raises EOFError or OSError when the other side is gone."""
@@ -57,7 +65,9 @@ class Channel:
         return Message(kind=header["kind"], call=header["call"], fields=header["fields"], arrays=tuple(arrays))
 
     def close(self) -> None:
-        self._connection.close()
+        """Nobody may be about to receive; waits for whoever sends."""
+        with self._lock:
+            self._connection.close()
 
     def _array(self, dtype: str, shape: Sequence[int]) -> Array:
         # A copy: frombuffer's result cannot be written to.

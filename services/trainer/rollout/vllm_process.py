@@ -1,13 +1,15 @@
 """The trainer's end of the engine's process: starts it, asks it, notices when it is gone, ends it.
 
 One call is open at a time, so weights never change while something is sampled. A thread reads, so that a signal which
-interrupts the caller leaves no message half read.
+interrupts the caller leaves no message half read. An engine that reads nothing fills the socket between them: sending
+has its limit too, and an engine that has half a message is of no more use and is killed.
 """
 
 import os
 import queue
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -23,6 +25,7 @@ from services.trainer.rollout.vllm_channel import Array, Channel, Message
 from services.trainer.rollout.vllm_environment import without_launcher
 
 _CLOSE_S = 5.0
+_LONGEST_S = 1e9
 
 
 class VllmProcess:
@@ -84,13 +87,15 @@ class VllmProcess:
     ) -> Generator[Message, None, None]:
         """Every answer to a call, the last one `done`. Closing the iterator before that ends the call there too.
 
-        Raises the error the engine answers with, and `RolloutEngineError` when it is gone or silent for too long.
+        Raises the error the engine answers with, and `RolloutEngineError` when it is gone, or neither reads nor says
+        anything for too long.
         """
         with self._turn:
             self._last_call += 1
-            call, is_over = self._last_call, False
+            call, is_sent, is_over = self._last_call, False, False
             try:
                 self._send(Message(kind=kind, call=call, fields=fields, arrays=tuple(arrays)))
+                is_sent = True
                 while not is_over:
                     message = self._next(call)
                     is_over = message.kind in ("done", "failed")
@@ -99,7 +104,10 @@ class VllmProcess:
                     if message.kind != "alive":
                         yield message
             finally:
-                if not is_over and self._process.poll() is None:
+                if not is_sent:
+                    # What would be sent next were the rest of this message to it.
+                    self._kill()
+                elif not is_over and self._process.poll() is None:
                     self._stop(call)
 
     def close(self) -> None:
@@ -128,17 +136,41 @@ class VllmProcess:
 
     def _send(self, message: Message) -> None:
         try:
+            self._limit_sending(self._patience_s)
             self._channel.send(message)
+        except BlockingIOError:
+            self._kill()
+            raise RolloutEngineError(
+                f"rollout engine: it read nothing for {self._patience_s:g} s, so it was ended; {self._advice()}"
+            ) from None
         except OSError:
             raise self._is_gone() from None
 
     def _stop(self, call: int, *, also_close: bool = False) -> None:
         try:
-            self._channel.send(Message(kind="stop", call=call))
+            self._limit_sending(_CLOSE_S)
+            self._channel.send(Message(kind="stop", call=call), turn_s=_CLOSE_S)
             if also_close:
-                self._channel.send(Message(kind="close", call=0))
+                self._channel.send(Message(kind="close", call=0), turn_s=_CLOSE_S)
+        except BlockingIOError:
+            self._kill()
         except OSError:
             pass
+
+    def _limit_sending(self, limit_s: float) -> None:
+        """Has a write raise BlockingIOError that gets nothing off for so long.
+
+        The kernel counts anew after a write of which it took a part, so a message may take twice as long to fail.
+        """
+        seconds, rest = divmod(min(limit_s, _LONGEST_S), 1)
+        # All zero would be no limit.
+        option = struct.pack("ll", int(seconds), int(rest * 1e6) or (not seconds))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, option)
+
+    def _kill(self) -> None:
+        """Also a stopped process."""
+        self._process.kill()
+        self._process.wait()
 
     def _next(self, call: int) -> Message:
         """The next answer to this call; what was still under way of a former one is passed over."""
@@ -146,7 +178,7 @@ class VllmProcess:
             try:
                 message = self._answers.get(timeout=self._patience_s)
             except queue.Empty:
-                self._process.kill()
+                self._kill()
                 raise RolloutEngineError(
                     f"rollout engine: no sign of life for {self._patience_s:g} s, so it was ended; {self._advice()}"
                 ) from None

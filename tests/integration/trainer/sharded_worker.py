@@ -72,7 +72,7 @@ class Worker:
 
     def train(self, step: int) -> dict[str, Any]:
         """One optimizer step on this rank's share of the recorded rollouts."""
-        _, scored = read_probe(self.folder / f"rollouts-{step}.npz")
+        scored = read_probe(self.folder / f"rollouts-{step}.npz").rollouts
         share = Share(rank=self.ranks.rank, num_ranks=self.ranks.num_ranks)
         groups = share.prompts(1 + max(item.rollout.group for item in scored))
         mine = [item for item in scored if item.rollout.group in groups]

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from opd.types import Rollout, ScoreRequest
 from services.trainer.batch import ScoredRollout
-from services.trainer.probe import write_probe
+from services.trainer.probe import StoredProbe, write_probe
 from services.trainer.rollout.base import RolloutRequest, SamplingParams, derive_seed
 from services.trainer.rollout.transformers_engine import TransformersEngine
 from tests.unit.trainer.tiny_training import EOS, NUM_IDS, FixedPrompts, exact_scores, tiny_model, tiny_tokenizer
@@ -78,7 +78,10 @@ def plan(folder: Path, objective: dict[str, Any], *, is_tied: bool = False, **ch
     tiny_tokenizer().save_pretrained(folder / "model")
     teacher = tiny_model(2)
     for step in range(NUM_STEPS):
-        write_probe(folder / f"rollouts-{step}.npz", recorded(student, teacher, step), "recorded")
+        rollouts = recorded(student, teacher, step)
+        write_probe(
+            folder / f"rollouts-{step}.npz", StoredProbe(objective="recorded", step=step + 1, rollouts=rollouts)
+        )
     settings = {"objective": objective, "gradient_checkpointing": False, "reduces_each_round": True, "max_norm": 0.05}
     (folder / "plan.json").write_text(json.dumps(settings | changes))
 

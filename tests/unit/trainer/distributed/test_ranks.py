@@ -88,6 +88,7 @@ def test_all_leave_together_with_the_error_of_one() -> None:
     ("error", "kind", "heard"),
     [
         (torch.OutOfMemoryError("tried 2 GiB\nmore"), ConfigError, r"^rank 1: out of memory \(tried 2 GiB\); its own"),
+        (RuntimeError("DefaultCPUAllocator: no"), ConfigError, r"^rank 1: out of memory \(Default.*\); its own"),
         (OSError("no space left"), InternalError, r"^rank 1: OSError: no space left$"),
     ],
 )

@@ -2,10 +2,12 @@
 
 import importlib.util
 import os
+import re
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing import Pipe
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 from opd.errors import ConfigError, RolloutEngineError
 from services.trainer.rollout.vllm_channel import Channel, Message
 from services.trainer.rollout.vllm_process import VllmProcess
+from services.trainer.stop import StopRequested
 from tests.unit.trainer.rollout.tiny_students import qwen
 
 
@@ -42,8 +45,113 @@ def test_messages_arrive_as_they_were() -> None:
     ends[1].close()
 
 
-def start(tmp_path: Path, python: Path | None = None) -> VllmProcess:
-    return VllmProcess(python=python, environment={}, log=tmp_path / "engine.log", patience_s=60.0)
+def start(tmp_path: Path, python: Path | None = None, patience_s: float = 60.0) -> VllmProcess:
+    return VllmProcess(python=python, environment={}, log=tmp_path / "engine.log", patience_s=patience_s)
+
+
+def stopped(tmp_path: Path, patience_s: float) -> VllmProcess:
+    """An engine that has answered, and then is stopped: it lives and does nothing."""
+    process = start(tmp_path)
+    with pytest.raises(Exception, match="knows no call"):
+        process.ask("dance", {})
+    process._patience_s = patience_s
+    os.kill(process.pid, signal.SIGSTOP)
+    return process
+
+
+def within(limit_s: float, do: Callable[[], object]) -> BaseException | None:
+    """What `do` raises; fails where it takes longer."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            do()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    assert not thread.is_alive(), f"still not done after {limit_s} s"
+    return raised[0] if raised else None
+
+
+MORE_THAN_A_SOCKET_HOLDS = np.zeros(1 << 20, np.int32)
+
+
+@pytest.mark.parametrize("patience_s", [0.5, 1e-9])
+def test_an_engine_that_reads_nothing_ends_the_call_and_leaves_no_process(tmp_path: Path, patience_s: float) -> None:
+    process = stopped(tmp_path, patience_s)
+    try:
+        error = within(10, lambda: list(process.converse("sample", {}, [MORE_THAN_A_SOCKET_HOLDS])))
+        assert isinstance(error, RolloutEngineError)
+        assert re.match(
+            rf"rollout engine: it read nothing for {patience_s:g} s, so it was ended; .*--resume", str(error)
+        )
+        assert process._process.returncode == -signal.SIGKILL
+        assert within(5, process.close) is None
+    finally:
+        process._process.kill()
+    assert "rollout-engine" not in [thread.name for thread in threading.enumerate()]
+
+
+def fill(process: VllmProcess) -> None:
+    """Until the socket takes no more, by whole messages that no call waits for."""
+    process._limit_sending(0.1)
+    with pytest.raises(BlockingIOError):
+        for _ in range(1 << 16):
+            process._channel.send(Message(kind="stop", call=0, fields={"filling": "." * 1000}))
+
+
+def test_closing_does_not_wait_for_an_engine_that_reads_nothing(tmp_path: Path) -> None:
+    process = stopped(tmp_path, 600.0)
+    try:
+        fill(process)
+        assert within(20, process.close) is None
+    finally:
+        process._process.kill()
+    assert process._process.returncode == -signal.SIGKILL
+    assert "rollout-engine" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_closing_ends_another_threads_call_that_is_not_sent_yet(tmp_path: Path) -> None:
+    process = stopped(tmp_path, 600.0)
+    raised: list[BaseException | None] = []
+
+    def call() -> None:
+        raised.append(within(30, lambda: list(process.converse("sample", {}, [MORE_THAN_A_SOCKET_HOLDS]))))
+
+    caller = threading.Thread(target=call)
+    try:
+        caller.start()
+        deadline = time.monotonic() + 10
+        while not process._channel._lock.locked():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert within(20, process.close) is None
+    finally:
+        process._process.kill()
+        caller.join()
+    assert isinstance(raised[0], RolloutEngineError)
+    assert "rollout-engine" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_call_interrupted_while_it_is_sent_leaves_no_engine_with_half_a_message(tmp_path: Path) -> None:
+    process = stopped(tmp_path, 600.0)
+
+    def interrupt(*_: object) -> None:
+        raise StopRequested(signal.SIGALRM)
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(StopRequested):
+            list(process.converse("sample", {}, [MORE_THAN_A_SOCKET_HOLDS]))
+        assert process._process.returncode == -signal.SIGKILL
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        process._process.kill()
+        process.close()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="this is the Python without vLLM")
