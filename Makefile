@@ -19,7 +19,7 @@ $(READY): pyproject.toml scripts/setup_venv.sh scripts/venv.sh
 demo: $(READY)        ## distil the bundled student from the bundled teacher (SEED=0)
 	@$(BIN)/opd demo --seed $(SEED) $(if $(STEPS),--steps $(STEPS))
 
-# Unit tests two files at a time; those that kill processes and wait for clocks have the machine to themselves.
+# Unit tests two files at a time; contracts and whole processes, which wait for clocks, have the machine to themselves.
 test: lint            ## lint, types and every test, with a real Redis and real gRPC
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 	$(BIN)/python -m pytest tests/contract tests/integration

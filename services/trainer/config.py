@@ -66,8 +66,8 @@ class StudentSettings(Settings):
     gradient_checkpointing: bool = False
     """Recomputes layers on the way back: less memory, about a third more time."""
     max_micro_batch_tokens: PositiveInt = 32768
-    """Tokens of one forward and backward pass. A prompt of several rollouts counts once, while attention reads it at
-    most four times as often as that; the step's result does not depend on it."""
+    """Tokens of one forward and backward pass, a prompt of several rollouts counted once. Attention reads at most four
+    times as many, such a prompt for each rollout. The step's result does not depend on it."""
     row_chunk: PositiveInt = 256
     """Response positions whose logits over the whole vocabulary exist at a time."""
     threads: PositiveInt | None = None

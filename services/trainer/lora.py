@@ -7,7 +7,7 @@ bit, and never from the merged weights.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +104,15 @@ class Adapter:
 
 def plain_weights(
     model: nn.Module, weights: Mapping[str, Tensor] | None = None, *, in_place: bool = False
-) -> dict[str, Tensor]:
+) -> Iterator[tuple[str, Tensor]]:
     """A model's weights by the names that a model without adapters has, adapters merged in; copies only of those.
 
-    What a checkpoint and a rollout engine elsewhere are given. `weights` has the model's by the names of its
-    `state_dict`, where its own are in shards. The model itself is unchanged; with `in_place` adapters are merged into
-    the tensors of `weights`, so that none is there twice.
+    What a checkpoint and a rollout engine elsewhere are given, one after the other, so that whoever keeps none has one
+    copy at a time. `weights` has the model's by the names of its `state_dict`, where its own are in shards. The model
+    itself is unchanged; with `in_place` adapters are merged into the tensors of `weights`, so that none is there twice.
     """
     named: Mapping[str, Tensor] = model.state_dict() if weights is None else weights
     scales = _scales(model) if any(_BASE_LAYER in name for name in named) else {}
-    found = {}
     for name, value in named.items():
         if ".lora_" in name:
             continue
@@ -123,8 +122,7 @@ def plain_weights(
             with torch.no_grad():
                 delta = ((factor_b @ factor_a) * scales[module]).to(value.dtype)
                 value = value.add_(delta) if in_place else value + delta
-        found[name.replace(_BASE_LAYER, ".")] = value
-    return found
+        yield name.replace(_BASE_LAYER, "."), value
 
 
 def _scales(model: Any) -> dict[str, float]:

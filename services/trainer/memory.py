@@ -11,6 +11,10 @@ FOR_START = "use a smaller student.model, or another student.device"
 FOR_STEP = (
     "lower student.max_micro_batch_tokens or student.row_chunk, or while sampling rollout.max_slots, and use --resume"
 )
+FOR_PUBLISHING = (
+    "lower rollout.vllm.gpu_memory_utilization or rollout.vllm.kv_cache_bytes, or name another GPU in "
+    "rollout.vllm.cuda_devices, and use --resume"
+)
 FOR_EVALUATION = "lower evaluation.max_response_tokens, evaluation.num_samples or rollout.max_slots, and use --resume"
 
 # PyTorch has a type for its own pool on a GPU alone.

@@ -21,12 +21,12 @@ from opd.errors import ConfigError, first_line
 from opd.model_config import identifying_settings
 from opd.vocabulary import Vocabulary, describe_vocabulary
 from services.trainer.hub import check_hub, looks_like_a_path
+from services.trainer.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 _INDEX_FILE = "model.safetensors.index.json"
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-# Of a configuration: what changes with the place and the tool that wrote it and not with what the model computes.
 _SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -186,6 +186,8 @@ def _load_weights(path_or_name: str, dtype: torch.dtype) -> PreTrainedModel:
             path_or_name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # The library raises many kinds, from a missing hub entry to an unknown architecture.
+        if is_out_of_memory(error):
+            raise
         raise ConfigError(
             f"model {path_or_name}: cannot be loaded ({first_line(error).rstrip('.')}); give a causal language model "
             "as a Hugging Face folder or hub name"

@@ -46,6 +46,6 @@ def adapted(model: nn.Module, adapter: Adapter | None, whole: dict[str, Tensor] 
     if adapter is None:
         return {} if whole is None else {"weights": whole}
     return {
-        "weights": plain_weights(model, whole, in_place=whole is not None),
+        "weights": dict(plain_weights(model, whole, in_place=whole is not None)),
         "write_beside": lambda folder: adapter.write(folder / ADAPTER, whole),
     }

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from opd.errors import OpdError
 from services.trainer.distributed.ranks import Ranks, known_error, together
 from services.trainer.distributed.sharding import gathered
 from services.trainer.weights import WeightPublisher
@@ -21,14 +20,12 @@ class PublishedByAll:
 
     def publish(self, policy_version: int) -> None:
         """See `WeightPublisher.publish`. What keeps one rank from it is an error of all, and always an `OpdError`:
-        the step is taken, so all have to go on from here alike."""
-        try:
-            with gathered(self._model, self._ranks), together(self._ranks):
+        the step is taken, so all have to go on from here alike. What fails in gathering leaves the others for good."""
+        with gathered(self._model, self._ranks), together(self._ranks):
+            try:
                 self._weights.publish(policy_version)
-        except OpdError:
-            raise
-        except Exception as error:
-            raise known_error(error) from error
+            except Exception as error:
+                raise known_error(error) from error
 
 
 def worst_of_all(ranks: Ranks, measure: Callable[[], dict[str, float]]) -> Callable[[], dict[str, float]]:

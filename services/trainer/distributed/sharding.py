@@ -47,6 +47,11 @@ def shard_student(model: Any, mesh: DeviceMesh) -> None:
         module.set_gradient_divide_factor(1.0)
         # A factor of 1 by nccl's plain sum; what it would do with another factor does not exist in gloo.
         module.set_force_sum_reduction_for_comms(True)
+    # Left to itself, FSDP gathers ahead what it has seen run before, in passes of this rank alone too, such as an
+    # evaluation's: ranks would then gather different things. The first layer has none before it and names itself.
+    backwards = [model, *reversed(layers)]
+    for module, before in zip(backwards, [*backwards[1:], layers[0]], strict=True):
+        module.set_modules_to_backward_prefetch([before])
     # The first pass tells FSDP that the model is the root; one through a layer alone would make that one.
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device), use_cache=False)

@@ -31,10 +31,13 @@ def engine_devices(listed: str, environ: Mapping[str, str], *, num_ranks: int, o
         return listed
     local_rank = _number(environ, "LOCAL_RANK")
     if not listed:
+        if not on_cuda:
+            return ""
         visible = environ.get("CUDA_VISIBLE_DEVICES", "")
-        own = visible.split(",")[local_rank].strip() if visible else str(local_rank)
-        return own if on_cuda else ""
+        return visible.split(",")[local_rank].strip() if visible else str(local_rank)
     names, num_local = [name.strip() for name in listed.split(",")], _number(environ, "LOCAL_WORLD_SIZE")
+    if not all(names):
+        raise ConfigError(f"rollout.vllm.cuda_devices={listed}: has a place without a name; write such as 4,5,6,7")
     if len(names) % num_local:
         raise ConfigError(
             f"rollout.vllm.cuda_devices={listed}: {len(names)} devices do not divide among the {num_local} processes "

@@ -92,11 +92,17 @@ def _in_dtype(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The weights in the engine's dtype, adapters merged in; tied ones stay one tensor, to be written once."""
     cast: dict[tuple[int, torch.Size], torch.Tensor] = {}
     state: dict[str, torch.Tensor] = {}
-    for name, value in plain_weights(model, gathered_weights(model)).items():
+    weights = gathered_weights(model)
+    own = {value.data_ptr() for value in weights.values()}
+    for name, value in plain_weights(model, weights):
         key = (value.data_ptr(), value.shape)
         if key not in cast:
-            cast[key] = value.detach().to(dtype) if value.is_floating_point() else value.detach()
-        state[name] = cast[key]
+            state[name] = value.detach().to(dtype) if value.is_floating_point() else value.detach()
+            if key[0] in own:
+                # A merged copy is gone with the next, whose place may be the same.
+                cast[key] = state[name]
+        else:
+            state[name] = cast[key]
     return state
 
 

@@ -15,6 +15,7 @@ import torch
 from opd.errors import RolloutEngineError
 from opd.ops import score_rows
 from opd.types import Ids, Rollout
+from services.trainer.memory import FOR_PUBLISHING, is_out_of_memory, memory_errors
 from services.trainer.rollout.base import RolloutEngine, RolloutRequest, SamplingParams, derive_seed
 from services.trainer.rollout.vllm_files import VersionFolder
 from services.trainer.rollout.vllm_process import VllmProcess
@@ -69,7 +70,7 @@ class NcclSender:
                 self._transfer = self._connect()
             self._transfer.send_weights()
         except (RuntimeError, ValueError, OSError) as error:
-            if isinstance(error, RolloutEngineError):
+            if isinstance(error, RolloutEngineError) or is_out_of_memory(error):
                 raise
             raise RolloutEngineError(
                 f"version {version} was not transferred ({error}); try rollout.vllm.transfer=files"
@@ -177,9 +178,11 @@ class PublishedWeights:
 
     def publish(self, policy_version: int) -> None:
         """See `WeightPublisher.publish`; `RolloutEngineError` when the engine is not where the trainer is."""
-        self._sender.send(policy_version)
-        self._engine.policy_version = policy_version
-        self.drift = self._probe.measure(policy_version)
+        # A whole copy of the weights, and the probe's pass, where the engine may have taken what was free.
+        with memory_errors(FOR_PUBLISHING):
+            self._sender.send(policy_version)
+            self._engine.policy_version = policy_version
+            self.drift = self._probe.measure(policy_version)
         # Written so that NaN is refused too.
         if not self.drift <= self._max_drift:
             raise RolloutEngineError(

@@ -124,8 +124,15 @@ def test_the_horizon_is_that_of_one_process(world: Path, tmp_path: Path) -> None
 
 
 def test_rollouts_are_as_old_as_in_one_process(world: Path, tmp_path: Path) -> None:
-    """Two steps are sampled before the first is trained, also after a resume, and each is trained once."""
+    """Two steps are sampled before the first is trained, also after a resume, and each is trained once.
+
+    Rank 0 evaluates after each, and after the last but one nobody samples before the next backward pass.
+    """
+    row = {"prompt": "w3 w4", "reward_model": {"ground_truth": "7"}}
+    (tmp_path / "problems.jsonl").write_text(f"{json.dumps(row)}\n", encoding="utf-8")
     lag = ["pipeline.max_policy_lag=1", "objective.staleness_cap=2.0"]
+    lag += [f'evaluation.files=["{tmp_path / "problems.jsonl"}"]', "evaluation.template=boxed"]
+    lag += ["evaluation.every_steps=1", "evaluation.num_samples=1", "evaluation.max_response_tokens=4"]
     for name, ranks in (("alone", 1), ("both", 2)):
         train(world, tmp_path / name, "steps=3", *lag, ranks=ranks)
         train(world, tmp_path / name, "steps=5", *lag, "--resume", ranks=ranks)

@@ -7,15 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from opd.errors import ConfigError, RolloutEngineError
-from services.trainer import student_start
 from services.trainer.evaluator import Evaluator
+from services.trainer.loop import StepRecord
 from services.trainer.memory import FOR_STEP, is_out_of_memory, memory_errors
+from services.trainer.rollout.vllm_weights import PublishedWeights
 from services.trainer.run import FAILED, REFUSED, run_training
 from services.trainer.step_metrics import StepMetrics
 from services.trainer.student import Student
-from tests.unit.trainer.tiny_training import tiny_model, tiny_tokenizer
+from tests.unit.trainer.tiny_training import Setup, tiny_model, tiny_tokenizer
 
 
 def ask_for_too_much(*_: object, **__: object) -> torch.Tensor:
@@ -69,7 +71,7 @@ def train(folder: Path) -> int:
 @pytest.mark.parametrize(
     ("owner", "name", "code", "line"),
     [
-        (student_start, "load_model", REFUSED, "use a smaller student.model, or another student.device"),
+        (AutoModelForCausalLM, "from_pretrained", REFUSED, "use a smaller student.model, or another student.device"),
         (Evaluator, "evaluate", FAILED, "lower evaluation.max_response_tokens, evaluation.num_samples or rollout.max"),
         (Student, "_response_hidden", FAILED, "lower student.max_micro_batch_tokens or student.row_chunk"),
         (StepMetrics, "summarize", FAILED, "lower student.max_micro_batch_tokens or student.row_chunk"),
@@ -96,3 +98,23 @@ def test_the_last_line_of_a_run_names_the_settings_of_what_it_did(
     if code == FAILED:
         events = [json.loads(text) for text in (tmp_path / "run/events.jsonl").read_text().splitlines()]
         assert {"code": ConfigError.code}.items() <= next(e for e in events if e["event"] == "error").items()
+
+
+class Unmoved:
+    """Sends, and finds no drift, as long as there is room."""
+
+    def send(self, version: int) -> None:
+        if version:
+            ask_for_too_much()
+
+    def measure(self, version: int) -> float:
+        return 0.0
+
+
+def test_publishing_without_room_ends_the_run_after_the_step_is_on_record() -> None:
+    setup = Setup(num_steps=2)
+    loop, records = setup.loop(), list[StepRecord]()
+    loop._weights = PublishedWeights(setup.engine, Unmoved(), Unmoved(), max_drift=1.0)
+    with pytest.raises(ConfigError, match=r"^step 1: the device is out of memory .*rollout\.vllm\.kv_cache_bytes"):
+        loop.run(records.append)
+    assert [record.step for record in records] == [1]

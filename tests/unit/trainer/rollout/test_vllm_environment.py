@@ -23,7 +23,8 @@ def test_ranks_of_a_machine_share_the_list_out() -> None:
 def test_without_a_list_an_engine_has_the_device_of_its_rank() -> None:
     assert [devices("", rank, 2) for rank in range(2)] == ["0", "1"]
     assert [devices("", rank, 2, visible="3, MIG-b") for rank in range(2)] == ["3", "MIG-b"]
-    assert devices("", 1, 2, visible="", on_cuda=False) == ""
+    for visible in ("", "-1", "0"):
+        assert devices("", 1, 2, visible=visible, on_cuda=False) == ""
 
 
 def test_a_single_process_has_the_list_to_itself() -> None:
@@ -40,6 +41,7 @@ def test_a_single_process_has_the_list_to_itself() -> None:
             r"^rollout\.vllm\.cuda_devices=1,2,3: 3 devices do not",
         ),
         ("1", {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, r"among the 2 processes .*; name as many for each"),
+        ("4,5,", {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}, r"=4,5,: has a place without a name; write such as"),
         ("1,2", {"LOCAL_RANK": "0"}, r"^LOCAL_WORLD_SIZE=: .*; start with torchrun"),
         ("", {}, r"^LOCAL_RANK=: .*; start with torchrun"),
     ],
