@@ -19,10 +19,10 @@ $(READY): pyproject.toml scripts/setup_venv.sh scripts/venv.sh
 demo: $(READY)        ## distil the bundled student from the bundled teacher (SEED=0)
 	@$(BIN)/opd demo --seed $(SEED) $(if $(STEPS),--steps $(STEPS))
 
-# Unit tests two files at a time; contracts and whole processes, which wait for clocks, have the machine to themselves.
+# Two files at a time, but for whole processes, which wait for clocks: they have the machine to themselves.
 test: lint            ## lint, types and every test, with a real Redis and real gRPC
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
-	$(BIN)/python -m pytest tests/contract tests/integration
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/contract
+	$(BIN)/python -m pytest tests/integration
 
 test-vllm:            ## the contract tests of teacher engines and rollouts on vLLM, in .venv-vllm (made when not there)
 	@scripts/setup_vllm.sh
