@@ -109,9 +109,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of run_dir.")] = False,
 ) -> None:
     """Distils a student from a teacher pool."""
-    from services.trainer.run import run_training
+    from services.trainer.run import end_process, run_training
 
-    raise typer.Exit(run_training(config, overrides or [], resume=resume))
+    end_process(run_training(config, overrides or [], resume=resume))
 
 
 @app.command()

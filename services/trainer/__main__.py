@@ -1,10 +1,9 @@
 """`python -m services.trainer [--config FILE] [--resume] name.part=value ...`: training without the `opd` command."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from services.trainer.run import run_training
+from services.trainer.run import end_process, run_training
 
 
 def main() -> int:
@@ -17,4 +16,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -9,9 +9,11 @@ imported before the configuration is accepted.
 import logging
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import NoReturn
 
 from opd.errors import InternalError, OpdError
 from opd.lifecycle import die_with_parent
@@ -50,6 +52,20 @@ def run_training(config_path: Path | None, overrides: Sequence[str], *, resume: 
             return _run(settings, stop, resume=resume)
     finally:
         close_tracing()
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends the process of a run, whose work is done and whose files are closed.
+
+    One of several ranks ends at once: PyTorch keeps threads that talk to the others, and taking the interpreter apart
+    around them now and then ends in an abort, which makes a failure of a finished run.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run(settings: TrainSettings, stop: StopSignal, *, resume: bool) -> int:
