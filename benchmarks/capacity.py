@@ -26,12 +26,12 @@ class Costs:
     """Trainer's or teacher's link, both directions, of a response token; `wire_bytes`, k = 16, float16."""
     redis_bytes_per_token: float = 184.4
     """Into and out of Redis together; `wire_bytes`, k = 16, float16."""
-    redis_fixed_ms: float = 0.53
+    redis_fixed_ms: float = 0.48
     """CPU time of Redis for a request, whatever its size; this and the next three by `request_cost`, k = 16, float16,
-    two cores that were not idle."""
-    redis_ms_per_kib: float = 0.0033
+    two idle cores."""
+    redis_ms_per_kib: float = 0.0026
     """More for each KiB of request and reply, as they pass the student's link."""
-    replica_fixed_ms: float = 1.2
+    replica_fixed_ms: float = 0.68
     """CPU time of the replica beside its model."""
     replica_ms_per_kib: float = 0.019
     """More for each KiB: decoding, checking, encoding."""
