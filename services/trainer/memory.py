@@ -16,6 +16,7 @@ FOR_PUBLISHING = (
     "rollout.vllm.cuda_devices, and use --resume"
 )
 FOR_EVALUATION = "lower evaluation.max_response_tokens, evaluation.num_samples or rollout.max_slots, and use --resume"
+FOR_COMMAND = "lower --max-slots or --max-response-tokens, use a smaller model, or another --device"
 
 # PyTorch has a type for its own pool on a GPU alone.
 _PHRASES = ("DefaultCPUAllocator: ", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")

@@ -15,12 +15,14 @@ from services.trainer.evaluation.evaluation import run_evaluation
 from services.trainer.evaluation.opening import Loading, labels, open_model, open_problems
 from services.trainer.evaluation.results import EvaluationResult, as_plain_json, recovery_line, results_tables
 from services.trainer.evaluation.sampling import PAPER_NUM_SAMPLES, PAPER_SAMPLING
+from services.trainer.memory import FOR_COMMAND, memory_errors
 from services.trainer.prompts import PromptProblem
 from services.trainer.rollout.base import SamplingParams
 
 Results = Mapping[tuple[str, str], EvaluationResult]
 
 
+@memory_errors(FOR_COMMAND)
 def evaluate_command(
     model_paths: Sequence[str],
     data: Sequence[str],

@@ -25,6 +25,7 @@ from services.trainer.evaluation.results import as_plain_json
 from services.trainer.evaluation.reward import NO_EVIDENCE, RewardResult, judge_rewards, reward_table
 from services.trainer.evaluation.sampling import Response, bounded_by_context, sample_responses
 from services.trainer.evaluation.teacher_places import TeacherPlace, check_vocabulary, find_teachers
+from services.trainer.memory import FOR_COMMAND, memory_errors
 from services.trainer.prompts import PromptProblem, TokenizedPrompt
 from services.trainer.rollout.base import SamplingParams
 
@@ -55,6 +56,7 @@ class StudySettings:
         return next(iter(sets.items()))
 
 
+@memory_errors(FOR_COMMAND)
 def continuation_command(
     settings: StudySettings, teacher: str, *, depths: Sequence[int], num_continuations: int, console: Console
 ) -> dict[str, Any]:
@@ -89,6 +91,7 @@ def continuation_command(
     return report
 
 
+@memory_errors(FOR_COMMAND)
 def auroc_command(
     settings: StudySettings,
     teachers: Sequence[str],

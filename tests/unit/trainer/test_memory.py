@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from opd.errors import ConfigError, RolloutEngineError
+from services.trainer.evaluation import command
 from services.trainer.evaluator import Evaluator
 from services.trainer.loop import StepRecord
 from services.trainer.memory import FOR_STEP, is_out_of_memory, memory_errors
@@ -98,6 +99,13 @@ def test_the_last_line_of_a_run_names_the_settings_of_what_it_did(
     if code == FAILED:
         events = [json.loads(text) for text in (tmp_path / "run/events.jsonl").read_text().splitlines()]
         assert {"code": ConfigError.code}.items() <= next(e for e in events if e["event"] == "error").items()
+
+
+def test_an_evaluation_by_command_names_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "open_problems", lambda *_, **__: {"set": []})
+    monkeypatch.setattr(command, "open_model", ask_for_too_much)
+    with pytest.raises(ConfigError, match=r"^the device is out of memory \(.*\); lower --max-slots"):
+        command.evaluate_command(["model"], ["set"])
 
 
 class Unmoved:
