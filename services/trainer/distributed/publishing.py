@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from opd.errors import OpdError
 from services.trainer.distributed.ranks import Ranks, known_error, together
 from services.trainer.distributed.sharding import gathered
 from services.trainer.weights import WeightPublisher
@@ -24,6 +25,8 @@ class PublishedByAll:
         with gathered(self._model, self._ranks), together(self._ranks):
             try:
                 self._weights.publish(policy_version)
+            except OpdError:
+                raise
             except Exception as error:
                 raise known_error(error) from error
 

@@ -96,13 +96,13 @@ def _in_dtype(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     own = {value.data_ptr() for value in weights.values()}
     for name, value in plain_weights(model, weights):
         key = (value.data_ptr(), value.shape)
-        if key not in cast:
-            state[name] = value.detach().to(dtype) if value.is_floating_point() else value.detach()
-            if key[0] in own:
-                # A merged copy is gone with the next, whose place may be the same.
-                cast[key] = state[name]
-        else:
+        if key in cast:
             state[name] = cast[key]
+            continue
+        state[name] = value.detach().to(dtype) if value.is_floating_point() else value.detach()
+        # A merged copy is gone with the next, whose place may be the same.
+        if key[0] in own:
+            cast[key] = state[name]
     return state
 
 

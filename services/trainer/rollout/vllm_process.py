@@ -117,8 +117,7 @@ class VllmProcess:
             try:
                 self._process.wait(_CLOSE_S)
             except subprocess.TimeoutExpired:
-                self._process.kill()
-        self._process.wait()
+                self._kill()
         if self._reader.is_alive():
             # Its number may be another file's as soon as it is closed, so nobody may be about to read from it.
             with suppress(OSError):
@@ -167,10 +166,10 @@ class VllmProcess:
         option = struct.pack("ll", int(seconds), int(rest * 1e6) or (not seconds))
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, option)
 
-    def _kill(self) -> None:
-        """Also a stopped process."""
+    def _kill(self) -> int:
+        """Also a stopped process; its exit code."""
         self._process.kill()
-        self._process.wait()
+        return self._process.wait()
 
     def _next(self, call: int) -> Message:
         """The next answer to this call; what was still under way of a former one is passed over."""
@@ -192,8 +191,7 @@ class VllmProcess:
         try:
             code = self._process.wait(_CLOSE_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            code = self._process.wait()
+            code = self._kill()
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return RolloutEngineError(f"rollout engine: its process {self.pid} is gone ({how}); {self._advice()}")
 

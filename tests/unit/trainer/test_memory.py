@@ -101,7 +101,7 @@ def test_the_last_line_of_a_run_names_the_settings_of_what_it_did(
         assert {"code": ConfigError.code}.items() <= next(e for e in events if e["event"] == "error").items()
 
 
-def test_an_evaluation_by_command_names_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_by_command_names_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "open_problems", lambda *_, **__: {"set": []})
     monkeypatch.setattr(command, "open_model", ask_for_too_much)
     with pytest.raises(ConfigError, match=r"^the device is out of memory \(.*\); lower --max-slots"):
