@@ -30,14 +30,14 @@ from services.trainer.loss import DistillLoss
 from services.trainer.models import load_model
 from services.trainer.objectives.config import ObjectiveConfig
 from services.trainer.objectives.dispatch import build_objective
-from services.trainer.rollout.base import RolloutRequest, SamplingParams, derive_seed
+from services.trainer.rollout.base import SamplingParams
 from services.trainer.rollout.completed import CompletedRollouts
 from services.trainer.rollout.transformers_engine import TransformersEngine
 from services.trainer.rollout.vllm_files import VersionFolder
 from services.trainer.step_gradient import StepGradient
 from services.trainer.student import Student, StudentOptimizer
 from services.trainer.support_pass import SupportPass
-from tests.unit.trainer.tiny_training import FixedPrompts, exact_scores
+from tests.unit.trainer.tiny_training import exact_scores, step_requests
 
 NUM_PROMPTS, PER_PROMPT, K = 3, 2, 6
 
@@ -80,16 +80,8 @@ class Worker:
         self.store = CheckpointStore(out / "checkpoints", keep_last=9)
 
     def sample(self, step: int) -> list[Rollout]:
-        prompts = FixedPrompts(NUM_PROMPTS).step_prompts(step)
-        requests = [
-            RolloutRequest(
-                rollout_id=f"run.{step}.{index}",
-                group=index // PER_PROMPT,
-                prompt_token_ids=prompts[index // PER_PROMPT].prompt_token_ids,
-                seed=derive_seed(0, step, index),
-            )
-            for index in self.scope.share.rollouts(NUM_PROMPTS, PER_PROMPT)
-        ]
+        mine = self.scope.share.rollouts(NUM_PROMPTS, PER_PROMPT)
+        requests = step_requests(step, mine, num_prompts=NUM_PROMPTS, per_prompt=PER_PROMPT)
         with self.scope.sampling(nullcontext):
             return self.engine.sample(requests, SamplingParams(max_response_tokens=12))
 

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 from opd.types import Rollout, ScoreRequest
 from services.trainer.batch import ScoredRollout
 from services.trainer.probe import StoredProbe, write_probe
-from services.trainer.rollout.base import RolloutRequest, SamplingParams, derive_seed
+from services.trainer.rollout.base import SamplingParams
 from services.trainer.rollout.transformers_engine import TransformersEngine
-from tests.unit.trainer.tiny_training import EOS, NUM_IDS, FixedPrompts, exact_scores, tiny_model, tiny_tokenizer
+from tests.unit.trainer.tiny_training import EOS, NUM_IDS, exact_scores, step_requests, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[3]
 WORKER = Path(__file__).with_name("sharded_worker.py")
@@ -38,16 +38,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 def recorded(student: Any, teacher: Any, step: int) -> list[ScoredRollout]:
     """Rollouts of a step with the teacher's scores."""
     engine = TransformersEngine(student, eos_token_ids=[EOS], num_defined_ids=NUM_IDS, score_top_k=K, max_slots=4)
-    prompts = FixedPrompts(NUM_PROMPTS).step_prompts(step)
-    requests = [
-        RolloutRequest(
-            rollout_id=f"run.{step}.{index}",
-            group=index // PER_PROMPT,
-            prompt_token_ids=prompts[index // PER_PROMPT].prompt_token_ids,
-            seed=derive_seed(0, step, index),
-        )
-        for index in range(NUM_PROMPTS * PER_PROMPT)
-    ]
+    requests = step_requests(step, range(NUM_PROMPTS * PER_PROMPT), num_prompts=NUM_PROMPTS, per_prompt=PER_PROMPT)
     rollouts = engine.sample(requests, SamplingParams(max_response_tokens=14))
     return [ScoredRollout(rollout=one, scores=exact_scores(teacher, _request(one))) for one in rollouts]
 

@@ -1,7 +1,7 @@
 """What the trainer's tests share: tiny random models, prompts, and a score client that fakes nothing but transport."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from services.trainer.loss import DistillLoss
 from services.trainer.objectives.config import ObjectiveConfig
 from services.trainer.objectives.dispatch import build_objective
 from services.trainer.pipeline import PipelineMode
-from services.trainer.rollout.base import SamplingParams
+from services.trainer.rollout.base import RolloutRequest, SamplingParams, derive_seed
 from services.trainer.rollout.transformers_engine import TransformersEngine
 from services.trainer.step_gradient import StepGradient
 from services.trainer.student import Student, StudentOptimizer
@@ -274,6 +274,20 @@ class Setup:
     def parameters(self) -> torch.Tensor:
         """Every weight in one vector."""
         return torch.cat([parameter.detach().flatten().clone() for parameter in self.student_model.parameters()])
+
+
+def step_requests(step: int, places: Iterable[int], *, num_prompts: int, per_prompt: int) -> list[RolloutRequest]:
+    """For the rollouts of a step at these places among all, those of a prompt side by side."""
+    prompts = FixedPrompts(num_prompts).step_prompts(step)
+    return [
+        RolloutRequest(
+            rollout_id=f"run.{step}.{place}",
+            group=place // per_prompt,
+            prompt_token_ids=prompts[place // per_prompt].prompt_token_ids,
+            seed=derive_seed(0, step, place),
+        )
+        for place in places
+    ]
 
 
 def teacher_client(client: Any, *, score_top_k: int = 6, **changes: Any) -> TeacherClient:
